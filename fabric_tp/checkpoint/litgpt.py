@@ -1,0 +1,91 @@
+"""litgpt's ``lit_model.pth``: one state dict, not nested, with ``attn.qkv`` in one piece."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fabric_tp.random import copy_shard
+from fabric_tp.styles.fused import FusedColwise
+from fabric_tp.styles.style import LocalModule
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Write the whole model to one file, with the keys of the unparallelized model.
+
+    All ranks must call it; the first writes. One whole tensor at a time is on the device. The file appears under its
+    name when it is complete.
+    """
+    path = Path(path)
+    state: dict[str, Tensor] = {}
+    for name, parts in _whole_tensors(model).items():
+        whole = [_full(part) for part in parts]
+        if dist.get_rank() == 0:
+            state[name] = whole[0] if len(whole) == 1 else torch.cat(whole)
+    if dist.get_rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        incomplete = path.with_name(path.name + ".incomplete")
+        torch.save(state, incomplete)
+        os.replace(incomplete, path)
+    dist.barrier()
+
+
+def load(model: nn.Module, path: str | Path) -> None:
+    """Read a ``lit_model.pth`` into a parallelized model; each rank reads only its shards of the memory-mapped file.
+
+    Raises:
+        ValueError: The file is missing, lacks a tensor, has one too many, or one of another shape.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no checkpoint file {str(path)!r}. litgpt calls it lit_model.pth.")
+    state = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+    state = state.get("model", state)
+    wanted = _whole_tensors(model)
+    missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"{str(path)!r} does not fit the model: it lacks {missing[:4] or 'nothing'}, and has {unexpected[:4] or 'nothing'}"
+            f" that the model does not ({len(missing)} and {len(unexpected)} keys)."
+        )
+    for name, parts in wanted.items():
+        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:]) if len(parts) > 1 else parts[0].shape
+        if tuple(state[name].shape) != tuple(shape):
+            raise ValueError(
+                f"{name} has the shape {tuple(state[name].shape)} in {str(path)!r}, the model's {tuple(shape)}."
+            )
+    with torch.no_grad():
+        for name, parts in wanted.items():
+            rows = [part.shape[0] for part in parts] if len(parts) > 1 else None
+            for part, whole in zip(parts, state[name].split(rows) if rows else [state[name]], strict=True):
+                copy_shard(part, whole)
+
+
+def _whole_tensors(model: nn.Module) -> dict[str, list[Tensor]]:
+    """The state dict's tensors by the keys of the unparallelized model, fused ones as a list of their parts."""
+    tensors = dict(model.state_dict())
+    result: dict[str, list[Tensor]] = {}
+    fused = dict(_fused(model))
+    for key, tensor in tensors.items():
+        result.setdefault(fused.get(key, key), []).append(tensor)
+    return result
+
+
+def _fused(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Key of each part, and key of the whole; parts come in their order in a state dict."""
+    for name, module in model.named_modules():
+        if isinstance(module, LocalModule) and isinstance(style := module.parallelized.style, FusedColwise):
+            for own in style.fused_names(module):
+                for part in style.parts:
+                    yield f"{name}.{part}.{own}", f"{name}.{own}"
+
+
+def _full(tensor: Tensor) -> Tensor:
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().cpu()

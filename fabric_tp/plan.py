@@ -1,0 +1,260 @@
+"""From an architecture to a plan, the checks of a plan as a whole, its application, and its printed table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from io import StringIO
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    PrepareModuleInputOutput,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    SequenceParallel,
+)
+
+from fabric_tp.architectures import Architecture
+from fabric_tp.architectures.architecture import children, find_feed_forwards, has
+from fabric_tp.styles import (
+    Colwise,
+    FusedColwise,
+    Layout,
+    LMHead,
+    PrepareInput,
+    Replicated,
+    Rowwise,
+    ShardHeads,
+    Style,
+    VocabParallelEmbedding,
+)
+from fabric_tp.styles.style import own_parameters
+
+Plan = dict[str, ParallelStyle]
+"""Styles by the name of the module they are for; ``*`` stands for one part of a name (``"layers.*.attention.wq"``)."""
+
+
+def make_plan(
+    architecture: Architecture, model: nn.Module, *, sequence_parallel: bool = True, loss_parallel: bool = True
+) -> Plan:
+    """The plan for a model of this architecture.
+
+    Raises:
+        ValueError: The model lacks modules of the architecture.
+    """
+    if not architecture.matches(model):
+        raise ValueError(
+            f"The model is a {type(model).__name__} and not {architecture.description}. fabric_tp.auto() recognises the"
+            " architecture; fabric_tp.from_plan() takes a plan of yours for any other model."
+        )
+    if architecture.block is None:
+        return _feed_forward_plan(architecture, model)
+    layout: Layout = "sequence" if sequence_parallel else "replicate"
+    return {
+        architecture.embedding: VocabParallelEmbedding(output_layout=layout),
+        **_block_plan(architecture, model, layout),
+        architecture.norm: Replicated(layout),
+        architecture.head: LMHead(loss_parallel=loss_parallel, input_layout=layout),
+    }
+
+
+def _block_plan(architecture: Architecture, model: nn.Module, layout: Layout) -> Plan:
+    assert architecture.block is not None
+    blocks = children(model, architecture.blocks)
+    first, pattern = next(iter(blocks.values())), f"{architecture.blocks}.*"
+    attention, feed_forward = architecture.block.attention, architecture.block.feed_forward
+    attention_module = first.get_submodule(attention.name)
+    heads = tuple(path for path in attention.heads if _has_attribute(attention_module, path))
+    plan: Plan = {norm: Replicated(layout) for norm in architecture.block.norms}
+    plan[attention.name] = ShardHeads(heads, input_layout=layout)
+    for name, rows in (attention.fused or {}).items():
+        if has(attention_module, name):
+            plan[f"{attention.name}.{name}"] = FusedColwise(rows(attention_module), input_layout=None)
+    plan |= {f"{attention.name}.{name}": Colwise(input_layout=None) for name in attention.inputs}
+    plan |= {f"{attention.name}.{name}": Rowwise(output_layout=layout) for name in attention.outputs}
+    plan[feed_forward.name] = PrepareInput(layout)
+    plan |= {f"{feed_forward.name}.{name}": Colwise(input_layout=None) for name in feed_forward.inputs}
+    plan |= {f"{feed_forward.name}.{name}": Rowwise(output_layout=layout) for name in feed_forward.outputs}
+    return {f"{pattern}.{name}": style for name, style in plan.items() if any(_holds(b, name) for b in blocks.values())}
+
+
+def _holds(block: nn.Module, name: str) -> bool:
+    """Whether there is such a module with parameters; where a model has no norm it may have an ``nn.Identity``."""
+    return has(block, name) and any(True for _ in block.get_submodule(name).parameters())
+
+
+def _feed_forward_plan(architecture: Architecture, model: nn.Module) -> Plan:
+    assert architecture.feed_forward is not None
+    plan: Plan = {}
+    for name in find_feed_forwards(architecture.feed_forward, model):
+        prefix = f"{name}." if name else ""
+        plan[name] = PrepareInput("replicate")
+        plan |= {f"{prefix}{layer}": Colwise(input_layout=None) for layer in architecture.feed_forward.inputs}
+        plan |= {f"{prefix}{layer}": Rowwise() for layer in architecture.feed_forward.outputs}
+    return plan
+
+
+def _has_attribute(module: nn.Module, path: str) -> bool:
+    value: object = module
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return isinstance(value, int)
+
+
+def resolve(plan: Mapping[str, ParallelStyle], model: nn.Module) -> Iterator[tuple[str, list[tuple[str, nn.Module]]]]:
+    """Each pattern of the plan with the modules that it means."""
+    named = list(model.named_modules())
+    for pattern in plan:
+        parts = pattern.split(".") if pattern else []
+        yield pattern, [(name, module) for name, module in named if _match(name.split(".") if name else [], parts)]
+
+
+def _match(name: list[str], pattern: list[str]) -> bool:
+    return len(name) == len(pattern) and all(map(fnmatchcase, name, pattern))
+
+
+def check_plan(plan: Mapping[str, ParallelStyle], model: nn.Module, tensor_parallel_size: int) -> None:
+    """Raise ValueError if the plan cannot be right for the model on so many ranks, before anything is sharded.
+
+    Raises:
+        ValueError: A pattern matches no module; a style does not fit its module; a size is not divisible, with the
+            sizes that work; a parameter is covered by no style.
+    """
+    matched = dict(resolve(plan, model))
+    if unmatched := [pattern for pattern, modules in matched.items() if not modules]:
+        names = ", ".join(name for name, _ in list(model.named_modules())[1:9])
+        raise ValueError(f"The plan's {unmatched} match no module of the model. Its modules are called {names}, ...")
+    divided: dict[str, Mapping[str, int]] = {}
+    for pattern, modules in matched.items():
+        style = plan[pattern]
+        if isinstance(style, Style):
+            for name, module in modules:
+                try:
+                    style.validate(module)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
+                divided[name] = style.divided(module)
+    _check_sizes(divided, tensor_parallel_size)
+    _check_coverage(plan, matched, model)
+
+
+def _check_sizes(divided: Mapping[str, Mapping[str, int]], tensor_parallel_size: int) -> None:
+    if tensor_parallel_size < 1:
+        raise ValueError(f"tensor_parallel_size={tensor_parallel_size} must be at least 1.")
+    for name, numbers in divided.items():
+        wrong = {what: number for what, number in numbers.items() if number % tensor_parallel_size}
+        if wrong:
+            common = math.gcd(*(number for numbers in divided.values() for number in numbers.values()))
+            works = ", ".join(str(size) for size in range(1, common + 1) if common % size == 0)
+            shown = ", ".join(f"{what}={number}" for what, number in wrong.items())
+            raise ValueError(
+                f"tensor_parallel_size={tensor_parallel_size} does not divide {shown} of {name or 'the model'}. Each"
+                f" rank must get whole heads and equal shards; the sizes that work for this model are {works}."
+            )
+
+
+def _check_coverage(
+    plan: Mapping[str, ParallelStyle], matched: Mapping[str, list[tuple[str, nn.Module]]], model: nn.Module
+) -> None:
+    covered: set[str] = set()
+    for pattern, modules in matched.items():
+        for name, module in modules:
+            covered |= {f"{name}.{own}" if name else own for own in _covers(plan[pattern], module)}
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if missing := sorted(names - covered):
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        raise ValueError(
+            f"No style of the plan covers the parameters {', '.join(missing[:4])}{more}. Add their modules to the"
+            " plan; fabric_tp.styles.Replicated() keeps a module whole on every rank."
+        )
+
+
+def _covers(style: ParallelStyle, module: nn.Module) -> list[str]:
+    if isinstance(style, Style):
+        return list(style.placements(module))
+    if isinstance(style, (PrepareModuleInput, PrepareModuleInputOutput, PrepareModuleOutput)):
+        return []
+    if isinstance(style, (ColwiseParallel, RowwiseParallel, SequenceParallel)):
+        return list(own_parameters(module))
+    return [name for name, _ in module.named_parameters(remove_duplicate=False)]
+
+
+def apply_plan(plan: Mapping[str, ParallelStyle], model: nn.Module, mesh: DeviceMesh) -> None:
+    """Parallelize each module of the plan; parameters that were one before are one afterwards."""
+    tied = tied_parameters(model)
+    for pattern, modules in list(resolve(plan, model)):
+        for _, module in modules:
+            plan[pattern]._apply(module, mesh)
+    tie(model, tied)
+
+
+def tied_parameters(model: nn.Module) -> list[list[str]]:
+    """Groups of names of parameters that are the same object."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def tie(model: nn.Module, groups: list[list[str]]) -> None:
+    for first, *others in groups:
+        parameter = model.get_parameter(first)
+        for name in others:
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner).register_parameter(leaf, parameter)
+
+
+def table(
+    plan: Mapping[str, ParallelStyle], model: nn.Module, *, tensor_parallel_size: int, data_parallel_size: int = 1
+) -> str:
+    """What is sharded how: a row per pattern of the plan and parameter."""
+    rows = Table(title=f"tensor parallel {tensor_parallel_size} x data parallel {data_parallel_size}", title_style="")
+    for heading in ("module", "style", "parameter", "whole", "per rank", "forward", "backward"):
+        rows.add_column(heading, overflow="fold")
+    whole_total = rank_total = 0
+    for pattern, modules in resolve(plan, model):
+        style, (_, module) = plan[pattern], modules[0]
+        forward, backward = style.collectives() if isinstance(style, Style) else ("?", "?")
+        label = f"{pattern or '(the model)'} x {len(modules)}" if len(modules) > 1 else pattern or "(the model)"
+        first = (label, type(style).__name__)
+        shapes = dict(_shapes(style, module, tensor_parallel_size))
+        if not shapes:
+            rows.add_row(*first, "", "", "", forward, backward)
+        for name, (whole, local) in shapes.items():
+            rows.add_row(*first, name, _times(whole), _times(local), forward, backward)
+            first, forward, backward = ("", ""), "", ""
+            whole_total += math.prod(whole) * len(modules)
+            rank_total += math.prod(local) * len(modules)
+    console = Console(file=StringIO(), width=200, force_terminal=False)
+    console.print(rows)
+    per_rank = math.ceil(rank_total / data_parallel_size)
+    text = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
+    return f"{text}\n{whole_total:,} parameters, about {per_rank:,} of them on each rank\n"
+
+
+def _shapes(
+    style: ParallelStyle, module: nn.Module, size: int
+) -> Iterator[tuple[str, tuple[tuple[int, ...], tuple[int, ...]]]]:
+    if isinstance(style, FusedColwise):
+        for name in own_parameters(module):
+            for part, rows in style.parts.items():
+                rest = tuple(module.get_parameter(name).shape[1:])
+                yield f"{part}.{name}", ((rows, *rest), (rows // size, *rest))
+        return
+    for name in _covers(style, module):
+        whole = tuple(module.get_parameter(name).shape)
+        placement = style.placements(module).get(name) if isinstance(style, Style) else None
+        dim = placement.dim if isinstance(placement, Shard) else None
+        yield name, (whole, tuple(n // size if i == dim else n for i, n in enumerate(whole)))
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))

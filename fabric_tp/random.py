@@ -1,0 +1,117 @@
+"""Initial parameters that depend on the seed and on nothing else: not on the mesh, not on what other ranks do."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from fabric_tp.plan import tie, tied_parameters
+from fabric_tp.styles.fused import FusedColwise
+from fabric_tp.styles.style import LocalModule
+
+
+def initialize(model: nn.Module, device: torch.device, seed: int) -> None:
+    """Give every parameter and buffer on the meta device memory and its initial value.
+
+    Each module's own ``reset_parameters()`` runs on its parameters in full size, one module at a time, with a random
+    state made from the seed and the module's name; each rank keeps its shard. So the values are bitwise the same on
+    every mesh, and no rank ever holds more than one whole module.
+
+    Raises:
+        ValueError: A module with parameters or buffers on the meta device has no ``reset_parameters()``.
+    """
+    pending = list(_pending(model))
+    if not pending:
+        return
+    for name, module, _ in pending:
+        if not callable(getattr(module, "reset_parameters", None)):
+            raise ValueError(
+                f"{name or 'The model'} ({type(module).__name__}) is on the meta device and has no reset_parameters()"
+                " to initialise it. Give it one, or create the model on a real device."
+            )
+    tied = tied_parameters(model)
+    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+    tie(model, tied)
+    devices = [device] if device.type != "cpu" else []
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"), torch.no_grad():
+        for name, module, wanted in pending:
+            torch.manual_seed(_module_seed(seed, name))
+            _reset(module, wanted, device)
+
+
+def shared_seed(mesh: DeviceMesh) -> int:
+    """The seed of rank 0's random state (``fabric.seed_everything``), on all ranks of the mesh."""
+    seed = torch.tensor(torch.initial_seed() % 2**63, dtype=torch.int64, device=mesh.device_type)
+    broadcast(seed, mesh)
+    return int(seed)
+
+
+def broadcast(tensor: Tensor, mesh: DeviceMesh) -> None:
+    """Overwrite ``tensor`` with that of the first rank of the mesh, on all its ranks."""
+    for dim in reversed(range(mesh.ndim)):
+        if mesh.size(dim) > 1:
+            dist.broadcast(tensor, group=mesh.get_group(dim), group_src=0)
+
+
+def _module_seed(seed: int, name: str) -> int:
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % 2**63
+
+
+def _pending(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, list[tuple[nn.Module, str]]]]]:
+    """Modules with something on the meta device; for each parameter as the module's author named it, where it is now."""
+    parts: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module in parts:
+            continue
+        if isinstance(module, LocalModule) and isinstance(style := module.parallelized.style, FusedColwise):
+            children = [module.get_submodule(part) for part in style.parts]
+            parts.update(children)
+            stored = {own: [(child, own) for child in children] for own in style.fused_names(module)}
+        else:
+            stored = {own: [(module, own)] for own, p in module._parameters.items() if p is not None}
+        wanted = {own: places for own, places in stored.items() if any(m.get_parameter(n).is_meta for m, n in places)}
+        if wanted or any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            yield name, module, wanted
+
+
+def _reset(module: nn.Module, wanted: dict[str, list[tuple[nn.Module, str]]], device: torch.device) -> None:
+    held = dict(module._parameters)
+    for name, places in wanted.items():
+        parameters = [owner.get_parameter(own) for owner, own in places]
+        shape = (sum(p.shape[0] for p in parameters), *parameters[0].shape[1:]) if parameters[0].dim() else ()
+        whole = torch.empty(shape, dtype=parameters[0].dtype, device=device)
+        module._parameters[name] = nn.Parameter(whole)
+    try:
+        module.reset_parameters()  # type: ignore[operator]
+        for name, places in wanted.items():
+            whole = module._parameters[name].detach()  # type: ignore[union-attr]
+            parameters = [owner._parameters[own] if owner is not module else held[own] for owner, own in places]
+            rows = [p.shape[0] for p in parameters] if whole.dim() else []  # type: ignore[union-attr]
+            for parameter, part in zip(parameters, whole.split(rows) if rows else [whole], strict=True):
+                copy_shard(parameter, part)  # type: ignore[arg-type]
+    finally:
+        module._parameters.clear()
+        module._parameters.update(held)
+
+
+def copy_shard(parameter: Tensor, whole: Tensor) -> None:
+    """Copy this rank's part of ``whole`` into a parameter, split over tensor-parallel and then data-parallel ranks."""
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(whole)
+        return
+    mesh = parameter.device_mesh
+    for dim in reversed(range(mesh.ndim)):
+        placement = parameter.placements[dim]
+        if not placement.is_replicate():
+            split: int = placement.dim  # type: ignore[attr-defined]
+            chunks = whole.chunk(mesh.size(dim), split)
+            rank = mesh.get_local_rank(dim)
+            whole = chunks[rank] if rank < len(chunks) else whole.narrow(split, 0, 0)
+    parameter._local_tensor.copy_(whole)

@@ -1,0 +1,136 @@
+"""The collectives of forward and backward, one autograd function each, in conjugate pairs.
+
+Each takes the plain local tensor of one tensor-parallel rank. Sequence parallelism and the pairs: Korthikanti et al.,
+"Reducing Activation Recomputation in Large Transformer Models" (2022), figure 5; the names are Megatron-LM's.
+
+=====================  ==============  ==============
+function               forward         backward
+=====================  ==============  ==============
+copy                   nothing         all-reduce
+reduce                 all-reduce      nothing
+gather                 all-gather      reduce-scatter
+reduce_scatter         reduce-scatter  all-gather
+gather_replicated      all-gather      own slice
+=====================  ==============  ==============
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.distributed.device_mesh import DeviceMesh
+
+from fabric_tp import _torch
+
+SEQUENCE_DIM = 1
+
+
+@dataclass(frozen=True)
+class Group:
+    """The tensor-parallel ranks, in a form that ``torch.compile`` can hold as constants."""
+
+    name: str
+    size: int
+    rank: int
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh) -> Group:
+        return cls(name=mesh.get_group().group_name, size=mesh.size(), rank=mesh.get_local_rank())
+
+
+def copy(x: Tensor, group: Group) -> Tensor:
+    """A replicated ``(..., n)`` enters a sharded computation: each rank adds a part to its gradient."""
+    return x if group.size == 1 else _Copy.apply(x, group.name)
+
+
+def reduce(x: Tensor, group: Group) -> Tensor:
+    """Partial sums ``(..., n)`` on each rank -> their sum on every rank."""
+    return x if group.size == 1 else _Reduce.apply(x, group.name)
+
+
+def gather(x: Tensor, group: Group, dim: int = SEQUENCE_DIM) -> Tensor:
+    """Shards ``(b, s/t, n)`` enter a sharded computation on the whole ``(b, s, n)``."""
+    return x if group.size == 1 else _Gather.apply(x, dim % x.dim(), group.size, group.name)
+
+
+def reduce_scatter(x: Tensor, group: Group, dim: int = SEQUENCE_DIM) -> Tensor:
+    """Partial sums ``(b, s, n)`` on each rank -> this rank's shard ``(b, s/t, n)`` of their sum."""
+    return x if group.size == 1 else _ReduceScatter.apply(x, dim % x.dim(), group.size, group.name)
+
+
+def gather_replicated(x: Tensor, group: Group, dim: int = -1) -> Tensor:
+    """Shards ``(..., n/t)`` -> the whole on every rank, where what follows is the same on every rank."""
+    return x if group.size == 1 else _GatherReplicated.apply(x, dim % x.dim(), group.size, group.rank, group.name)
+
+
+class _Copy(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
+        ctx.name = name
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _torch.all_reduce(grad, ctx.name), None
+
+
+class _Reduce(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
+        return _torch.all_reduce(x, name)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Gather(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, size: int, name: str) -> Tensor:
+        ctx.dim, ctx.size, ctx.name = dim, size, name
+        return _gather_along(x, dim, size, name)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _reduce_scatter_along(grad, ctx.dim, ctx.size, ctx.name), None, None, None
+
+
+class _ReduceScatter(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, size: int, name: str) -> Tensor:
+        ctx.dim, ctx.size, ctx.name = dim, size, name
+        return _reduce_scatter_along(x, dim, size, name)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _gather_along(grad, ctx.dim, ctx.size, ctx.name), None, None, None
+
+
+class _GatherReplicated(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, size: int, rank: int, name: str) -> Tensor:
+        ctx.dim, ctx.size, ctx.rank = dim, size, rank
+        return _gather_along(x, dim, size, name)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad.chunk(ctx.size, ctx.dim)[ctx.rank].contiguous(), None, None, None, None
+
+
+def _gather_along(x: Tensor, dim: int, size: int, name: str) -> Tensor:
+    gathered = _torch.all_gather(x, size, name)
+    if x.shape[:dim].numel() == 1:  # nothing before dim: the ranks' shards already lie one after the other
+        return gathered.view(*x.shape[:dim], size * x.shape[dim], *x.shape[dim + 1 :])
+    return torch.cat(gathered.chunk(size), dim)
+
+
+def _reduce_scatter_along(x: Tensor, dim: int, size: int, name: str) -> Tensor:
+    before, length = x.shape[:dim], x.shape[dim] // size
+    shard = (*before, length, *x.shape[dim + 1 :])
+    if before.numel() != 1:
+        x = torch.cat(x.chunk(size, dim))
+    return _torch.reduce_scatter(x.reshape(size, -1), size, name).view(shard)

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.placement_types import Placement
+
+from fabric_tp import _torch
+from fabric_tp.styles.collectives import SEQUENCE_DIM, reduce, reduce_scatter
+from fabric_tp.styles.style import Layout, LocalModule, Parallelized, Style
+
+
+class _VocabParallelEmbedding(LocalModule):
+    padding_idx: int | None
+
+    def compute(self, tokens: Tensor) -> Tensor:
+        this, weight = self.parallelized, self.weight
+        assert isinstance(weight, Tensor)
+        rows = weight.shape[0]
+        first = this.group.rank * rows
+        check_tokens(tokens, rows * this.group.size)
+        if this.group.size == 1:
+            return F.embedding(tokens, weight, self.padding_idx)
+        local = tokens - first
+        elsewhere = (local < 0) | (local >= rows)
+        padding = self.padding_idx - first if self.padding_idx is not None else None
+        padding = padding if padding is not None and 0 <= padding < rows else None
+        embedded = F.embedding(local.masked_fill(elsewhere, 0), weight, padding)
+        return embedded.masked_fill(elsewhere.unsqueeze(-1), 0)
+
+
+def check_tokens(tokens: Tensor, vocabulary: int) -> None:
+    """A token that no rank holds would be embedded as zeros, silently."""
+    message = f"Token indices must lie in [0, {vocabulary})"
+    if tokens.device.type == "cpu":
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+            raise ValueError(f"{message}, but range from {int(tokens.min())} to {int(tokens.max())}.")
+    else:
+        _torch.assert_on_device(((tokens >= 0) & (tokens < vocabulary)).all(), f"{message}.")
+
+
+class VocabParallelEmbedding(Style):
+    """An embedding split by rows of the vocabulary: each rank looks up its own tokens, the others' are zero.
+
+    Args:
+        output_layout: ``"replicate"``: the whole output on every rank. ``"sequence"``: each rank its part.
+
+    ========  ============  ===========  ==============  ===========
+    tokens    weight        y            forward         backward
+    ========  ============  ===========  ==============  ===========
+    (b, s)    (v/t, h)      (b, s, h)    all-reduce
+    (b, s)    (v/t, h)      (b, s/t, h)  reduce-scatter  all-gather
+    ========  ============  ===========  ==============  ===========
+
+    Raises:
+        ValueError: A token is not in the vocabulary; or, for parts of the sequence, the number of ranks does not
+            divide the sequence length.
+    """
+
+    module_class = _VocabParallelEmbedding
+
+    def __init__(self, *, output_layout: Layout = "replicate") -> None:
+        self.output_layout = output_layout
+
+    def validate(self, module: nn.Module) -> None:
+        if not isinstance(module, nn.Embedding):
+            raise ValueError(
+                f"VocabParallelEmbedding takes a torch.nn.Embedding, and this is a {type(module).__name__}."
+            )
+        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+            if getattr(module, option):
+                raise ValueError(f"VocabParallelEmbedding does not support {option}={getattr(module, option)}.")
+
+    def placements(self, module: nn.Module) -> Mapping[str, Placement]:
+        return {"weight": Shard(0)}
+
+    def enter(self, this: Parallelized, x: Tensor) -> Tensor:
+        if self.output_layout == "sequence":
+            check_sequence_length(x.shape[SEQUENCE_DIM], this.group.size)
+        return x
+
+    def leave(self, this: Parallelized, y: Tensor) -> Tensor:
+        return reduce_scatter(y, this.group) if self.output_layout == "sequence" else reduce(y, this.group)
+
+    def collectives(self) -> tuple[str, str]:
+        return ("reduce-scatter", "all-gather") if self.output_layout == "sequence" else ("all-reduce", "")
+
+
+def check_sequence_length(length: int, size: int) -> None:
+    if length % size:
+        raise ValueError(
+            f"With sequence_parallel=True the sequence length must be a multiple of tensor_parallel_size={size}, but is"
+            f" {length}. Pad the batch to {length + -length % size}, or use sequence_parallel=False."
+        )

@@ -1,0 +1,177 @@
+"""What all styles share: how a module keeps DTensor parameters and computes on plain local tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.parallel import ParallelStyle
+from torch.distributed.tensor.placement_types import Placement
+
+from fabric_tp.styles.collectives import Group
+
+Layout = Literal["replicate", "sequence"]
+"""How activations lie between the sharded parts: whole on every rank, or each rank holding its part of the sequence."""
+
+
+@dataclass
+class Parallelized:
+    """What a parallelized module knows about itself."""
+
+    style: Style
+    mesh: DeviceMesh
+    group: Group
+    partial: frozenset[str] = frozenset()
+    """Own replicated parameters of which each rank computes only a part of the gradient."""
+    sum_is_deferred: bool = False
+    """Somebody sums the partial gradients later, so they leave labelled as what they will then be."""
+    grad_placements: dict[str, list[Placement]] = field(default_factory=dict)
+
+    def defer_sum(self) -> None:
+        self.sum_is_deferred = True
+        self.grad_placements.update({name: [Replicate()] for name in self.partial})
+
+
+class LocalModule(nn.Module):
+    """Mixed into the class of a parallelized module: while its forward runs, parameters are this rank's plain tensors.
+
+    Outside of the forward the parameters are DTensors. So optimizers, clipping, FSDP2 and checkpoints see DTensors,
+    and the forward, which is the module's own, sees nothing but local tensors and runs no DTensor operation.
+    """
+
+    parallelized: Parallelized
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        this = self.parallelized
+        args, kwargs = _replace_first(this.style.enter, this, args, kwargs)
+        held = {name: p for name, p in self._parameters.items() if isinstance(p, DTensor)}
+        for name, parameter in held.items():
+            self._parameters[name] = parameter.to_local(grad_placements=this.grad_placements[name])  # type: ignore
+        try:
+            output = self.compute(*args, **kwargs)
+        finally:
+            for name, parameter in held.items():
+                self._parameters[name] = parameter  # type: ignore[assignment]
+        return this.style.leave(this, output)
+
+    def compute(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+def _replace_first(
+    enter: Any, this: Parallelized, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return (enter(this, args[0]), *args[1:]), kwargs
+    first = next(iter(kwargs))
+    return args, {**kwargs, first: enter(this, kwargs[first])}
+
+
+class Style(ParallelStyle):
+    """How one module is stored and computed on one tensor-parallel rank.
+
+    A subclass says where each parameter goes (``placements``), which sizes the number of ranks must divide
+    (``divided``), and what happens to the first input and to the output (``enter``, ``leave``). It can be used in a
+    plan for :func:`fabric_tp.from_plan` or in one for torch's own ``parallelize_module``.
+    """
+
+    module_class: ClassVar[type[LocalModule]] = LocalModule
+
+    def placements(self, module: nn.Module) -> Mapping[str, Placement]:
+        """Placement of each parameter that the module owns itself, by name."""
+        return {}
+
+    def partial(self, module: nn.Module) -> frozenset[str]:
+        """Names of the replicated parameters whose gradient is a partial sum on each rank."""
+        return frozenset()
+
+    def divided(self, module: nn.Module) -> Mapping[str, int]:
+        """What the number of tensor-parallel ranks must divide, by a name for the error message."""
+        return {
+            f"{name}.shape[{placement.dim}]": module.get_parameter(name).shape[placement.dim]
+            for name, placement in self.placements(module).items()
+            if isinstance(placement, Shard)
+        }
+
+    def validate(self, module: nn.Module) -> None:
+        """Raise ValueError if this style cannot be right for the module."""
+
+    def enter(self, this: Parallelized, x: Tensor) -> Tensor:
+        return x
+
+    def leave(self, this: Parallelized, y: Any) -> Any:
+        return y
+
+    def collectives(self) -> tuple[str, str]:
+        """Collectives of the forward and of the backward, for people."""
+        return "", ""
+
+    def shard(self, module: nn.Module, mesh: DeviceMesh) -> None:
+        """Replace the module's own parameters by DTensors."""
+        for name, placement in self.placements(module).items():
+            parameter = module.get_parameter(name)
+            if not isinstance(parameter, DTensor):
+                module.register_parameter(name, distribute_parameter(parameter, placement, mesh))
+
+    def prepare(self, module: nn.Module, group: Group) -> None:
+        """Change what the module itself holds, other than its parameters, for one rank."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        self.validate(module)
+        group = Group.of(device_mesh)
+        check_divisible(type(module).__name__, self.divided(module), group.size)
+        this = Parallelized(self, device_mesh, group)
+        this.partial = self.partial(module) if group.size > 1 else frozenset()
+        for name, placement in self.placements(module).items():
+            this.grad_placements[name] = [Partial() if name in this.partial else placement]
+        self.shard(module, device_mesh)
+        self.prepare(module, group)
+        module.parallelized = this  # type: ignore[assignment]
+        module.__class__ = mixed(self.module_class, type(module))
+        return module
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if name != "src_data_rank")
+        return f"{type(self).__name__}({arguments})"
+
+
+_mixed: dict[tuple[type, type], type] = {}
+
+
+def mixed(mixin: type[LocalModule], cls: type) -> type:
+    """``cls`` with the mixin's forward; FSDP2 changes the class of a module in the same way."""
+    if (mixin, cls) not in _mixed:
+        _mixed[mixin, cls] = type(f"{mixin.__name__}[{cls.__name__}]", (mixin, cls), {"__module__": cls.__module__})
+    return _mixed[mixin, cls]
+
+
+def distribute_parameter(parameter: nn.Parameter, placement: Placement, mesh: DeviceMesh) -> nn.Parameter:
+    """This rank's part of ``parameter`` as a DTensor; it shares no memory with the whole, which can be freed."""
+    local: Tensor = parameter.detach()
+    if isinstance(placement, Shard):
+        local = local.chunk(mesh.size(), placement.dim)[mesh.get_local_rank()]
+    if not local.is_meta:
+        local = local.to(mesh.device_type)
+    if local.untyped_storage().nbytes() != local.numel() * local.element_size() or not local.is_contiguous():
+        local = local.clone(memory_format=torch.contiguous_format)
+    shape = parameter.shape
+    stride = torch.empty(shape, device="meta").stride()
+    whole = DTensor.from_local(local, mesh, [placement], run_check=False, shape=shape, stride=stride)
+    return nn.Parameter(whole, requires_grad=parameter.requires_grad)
+
+
+def check_divisible(name: str, divided: Mapping[str, int], size: int) -> None:
+    wrong = {what: number for what, number in divided.items() if number % size}
+    if wrong:
+        numbers = ", ".join(f"{what}={number}" for what, number in wrong.items())
+        raise ValueError(f"tensor_parallel_size={size} does not divide {numbers} of {name}.")
+
+
+def own_parameters(module: nn.Module) -> Iterator[str]:
+    """Names of the parameters that the module holds itself."""
+    return (name for name, parameter in module._parameters.items() if parameter is not None)
