@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.distributed._composable import checkpoint as checkpoint  # composable: leaves parameter names alone
+from torch.distributed.device_mesh import DeviceMesh
 
 
 def all_gather(x: Tensor, group_size: int, group_name: str) -> Tensor:
@@ -41,3 +42,8 @@ def after_backward(callback: Callable[[], None]) -> None:
 def assert_on_device(condition: Tensor, message: str) -> None:
     """Fail on the device if ``condition`` is false, without making the host wait for it."""
     torch._assert_async(condition, message)
+
+
+def flatten(mesh: DeviceMesh) -> None:
+    """Let DTensor reduce over all dimensions of ``mesh`` at once (the gradient norm); it warns where it cannot."""
+    mesh._flatten()

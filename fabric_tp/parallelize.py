@@ -76,6 +76,8 @@ class Parallelize:
         if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
             initialize(model, device, shared_seed(device_mesh))
         PartialGradients(model, mesh)
+        if device_mesh.ndim > 1:
+            _torch.flatten(device_mesh)
         return model
 
     def plan(self, model: nn.Module, *, tensor_parallel_size: int) -> Plan:

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from fabric_tp.plan import tie, tied_parameters
+from fabric_tp.shards import copy_shard
 from fabric_tp.styles.fused import FusedColwise
 from fabric_tp.styles.style import LocalModule
 
@@ -65,7 +65,7 @@ def _module_seed(seed: int, name: str) -> int:
 
 
 def _pending(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, list[tuple[nn.Module, str]]]]]:
-    """Modules with something on the meta device; for each parameter as the module's author named it, where it is now."""
+    """Modules with something on the meta device, and where each of their parameters, by its own name, is now."""
     parts: set[nn.Module] = set()
     for name, module in model.named_modules():
         if module in parts:
@@ -99,19 +99,3 @@ def _reset(module: nn.Module, wanted: dict[str, list[tuple[nn.Module, str]]], de
     finally:
         module._parameters.clear()
         module._parameters.update(held)
-
-
-def copy_shard(parameter: Tensor, whole: Tensor) -> None:
-    """Copy this rank's part of ``whole`` into a parameter, split over tensor-parallel and then data-parallel ranks."""
-    if not isinstance(parameter, DTensor):
-        parameter.copy_(whole)
-        return
-    mesh = parameter.device_mesh
-    for dim in reversed(range(mesh.ndim)):
-        placement = parameter.placements[dim]
-        if not placement.is_replicate():
-            split: int = placement.dim  # type: ignore[attr-defined]
-            chunks = whole.chunk(mesh.size(dim), split)
-            rank = mesh.get_local_rank(dim)
-            whole = chunks[rank] if rank < len(chunks) else whole.narrow(split, 0, 0)
-    parameter._local_tensor.copy_(whole)

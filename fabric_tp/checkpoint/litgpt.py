@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from fabric_tp.random import copy_shard
+from fabric_tp.shards import copy_shard, gather_shards
 from fabric_tp.styles.fused import FusedColwise
 from fabric_tp.styles.style import LocalModule
 
@@ -25,7 +24,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     path = Path(path)
     state: dict[str, Tensor] = {}
     for name, parts in _whole_tensors(model).items():
-        whole = [_full(part) for part in parts]
+        whole = [gather_shards(part).cpu() for part in parts]
         if dist.get_rank() == 0:
             state[name] = whole[0] if len(whole) == 1 else torch.cat(whole)
     if dist.get_rank() == 0:
@@ -51,8 +50,8 @@ def load(model: nn.Module, path: str | Path) -> None:
     missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     if missing or unexpected:
         raise ValueError(
-            f"{str(path)!r} does not fit the model: it lacks {missing[:4] or 'nothing'}, and has {unexpected[:4] or 'nothing'}"
-            f" that the model does not ({len(missing)} and {len(unexpected)} keys)."
+            f"{str(path)!r} does not fit the model: it lacks {len(missing)} keys, such as {missing[:3]}, and has"
+            f" {len(unexpected)} that the model does not, such as {unexpected[:3]}."
         )
     for name, parts in wanted.items():
         shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:]) if len(parts) > 1 else parts[0].shape
@@ -60,11 +59,10 @@ def load(model: nn.Module, path: str | Path) -> None:
             raise ValueError(
                 f"{name} has the shape {tuple(state[name].shape)} in {str(path)!r}, the model's {tuple(shape)}."
             )
-    with torch.no_grad():
-        for name, parts in wanted.items():
-            rows = [part.shape[0] for part in parts] if len(parts) > 1 else None
-            for part, whole in zip(parts, state[name].split(rows) if rows else [state[name]], strict=True):
-                copy_shard(part, whole)
+    for name, parts in wanted.items():
+        rows = [part.shape[0] for part in parts] if len(parts) > 1 else None
+        for part, whole in zip(parts, state[name].split(rows) if rows else [state[name]], strict=True):
+            copy_shard(part, whole)
 
 
 def _whole_tensors(model: nn.Module) -> dict[str, list[Tensor]]:
@@ -84,8 +82,3 @@ def _fused(model: nn.Module) -> Iterator[tuple[str, str]]:
             for own in style.fused_names(module):
                 for part in style.parts:
                     yield f"{name}.{part}.{own}", f"{name}.{own}"
-
-
-def _full(tensor: Tensor) -> Tensor:
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.detach().cpu()

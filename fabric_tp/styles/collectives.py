@@ -122,15 +122,19 @@ class _GatherReplicated(Function):
 
 
 def _gather_along(x: Tensor, dim: int, size: int, name: str) -> Tensor:
-    gathered = _torch.all_gather(x, size, name)
     if x.shape[:dim].numel() == 1:  # nothing before dim: the ranks' shards already lie one after the other
-        return gathered.view(*x.shape[:dim], size * x.shape[dim], *x.shape[dim + 1 :])
-    return torch.cat(gathered.chunk(size), dim)
+        return _unflatten_(_torch.all_gather(x.flatten(0, dim), size, name), dim)
+    return torch.cat(_torch.all_gather(x, size, name).chunk(size), dim)
 
 
 def _reduce_scatter_along(x: Tensor, dim: int, size: int, name: str) -> Tensor:
-    before, length = x.shape[:dim], x.shape[dim] // size
-    shard = (*before, length, *x.shape[dim + 1 :])
-    if before.numel() != 1:
-        x = torch.cat(x.chunk(size, dim))
-    return _torch.reduce_scatter(x.reshape(size, -1), size, name).view(shard)
+    if x.shape[:dim].numel() == 1:
+        return _unflatten_(_torch.reduce_scatter(x.flatten(0, dim), size, name), dim)
+    return _torch.reduce_scatter(torch.cat(x.chunk(size, dim)), size, name)
+
+
+def _unflatten_(x: Tensor, dims: int) -> Tensor:
+    """Put back leading dimensions of 1, in place: FSDP2 warns of modules that return a view."""
+    for _ in range(dims):
+        x.unsqueeze_(0)
+    return x

@@ -1,0 +1,60 @@
+"""Whole tensors and the shards of a parameter, on any mesh: split over tensor-parallel, then data-parallel ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+@torch.no_grad()
+def copy_shard(parameter: Tensor, whole: Tensor) -> None:
+    """Copy this rank's part of ``whole`` into ``parameter``; no communication."""
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(whole)
+        return
+    mesh = parameter.device_mesh
+    for axis, dim in reversed(_splits(parameter)):
+        chunks = whole.chunk(mesh.size(axis), dim)
+        rank = mesh.get_local_rank(axis)
+        whole = chunks[rank] if rank < len(chunks) else whole.narrow(dim, 0, 0)
+    parameter._local_tensor.copy_(whole)
+
+
+@torch.no_grad()
+def gather_shards(parameter: Tensor) -> Tensor:
+    """The whole of ``parameter`` on every rank; all ranks of its mesh must call it."""
+    if not isinstance(parameter, DTensor):
+        return parameter.detach()
+    local, mesh = parameter._local_tensor.detach(), parameter.device_mesh
+    sizes = [list(parameter.shape)]  # before each split, outermost first
+    for axis, dim in reversed(_splits(parameter)):
+        part = list(sizes[-1])
+        part[dim] = len(range(part[dim])[_chunk(part[dim], mesh.size(axis), mesh.get_local_rank(axis))])
+        sizes.append(part)
+    for (axis, dim), before in zip(_splits(parameter), reversed(sizes[:-1]), strict=True):
+        local = _gather_chunks(local, dim, before[dim], mesh.size(axis), mesh.get_group(axis))
+    return local
+
+
+def _splits(parameter: DTensor) -> list[tuple[int, int]]:
+    """Mesh axis and tensor dim of each split, the innermost (data-parallel) first."""
+    return [(axis, p.dim) for axis, p in enumerate(parameter.placements) if not p.is_replicate()]  # type: ignore[attr-defined]
+
+
+def _chunk(length: int, size: int, rank: int) -> slice:
+    step = -(-length // size)
+    return slice(min(rank * step, length), min((rank + 1) * step, length))
+
+
+def _gather_chunks(local: Tensor, dim: int, length: int, size: int, group: dist.ProcessGroup) -> Tensor:
+    """Concatenate the ranks' chunks, of which the last ones may be smaller or empty."""
+    step = -(-length // size)
+    shape = list(local.shape)
+    shape[dim] = step
+    padded = local.new_zeros(shape)
+    padded.narrow(dim, 0, local.shape[dim]).copy_(local)
+    gathered = local.new_empty([size * shape[0], *shape[1:]])
+    dist.all_gather_into_tensor(gathered, padded, group=group)
+    return torch.cat(gathered.chunk(size), dim).narrow(dim, 0, length).contiguous()
