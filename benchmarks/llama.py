@@ -1,0 +1,171 @@
+"""What the benchmarks compare on: a Llama in Meta's names, and the plan a user writes from torch's styles.
+
+The plan is the one of torch's tensor-parallel tutorial: sequence-parallel norms, one gather per attention and MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    loss_parallel,
+    parallelize_module,
+)
+
+import fabric_tp
+
+
+@dataclass(frozen=True)
+class Shape:
+    layers: int = 8
+    width: int = 256
+    heads: int = 8
+    kv_heads: int = 4
+    hidden: int = 704
+    vocabulary: int = 2048
+    batch: int = 1
+    length: int = 128
+
+
+class Attention(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.width // shape.heads
+        self.wq = nn.Linear(shape.width, self.n_heads * self.head_dim, bias=False)
+        self.wk = nn.Linear(shape.width, self.n_kv_heads * self.head_dim, bias=False)
+        self.wv = nn.Linear(shape.width, self.n_kv_heads * self.head_dim, bias=False)
+        self.wo = nn.Linear(self.n_heads * self.head_dim, shape.width, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        b, s, _ = x.shape
+        q = rotate(self.wq(x).view(b, s, self.n_heads, self.head_dim), cos, sin).transpose(1, 2)
+        k = rotate(self.wk(x).view(b, s, self.n_kv_heads, self.head_dim), cos, sin).transpose(1, 2)
+        v = self.wv(x).view(b, s, self.n_kv_heads, self.head_dim).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.wo(y.transpose(1, 2).reshape(b, s, self.n_heads * self.head_dim))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), -1)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(shape.width, shape.hidden, bias=False)
+        self.w2 = nn.Linear(shape.hidden, shape.width, bias=False)
+        self.w3 = nn.Linear(shape.width, shape.hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.attention = Attention(shape)
+        self.feed_forward = FeedForward(shape)
+        self.attention_norm = nn.RMSNorm(shape.width)
+        self.ffn_norm = nn.RMSNorm(shape.width)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Llama(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(shape.vocabulary, shape.width)
+        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
+        self.norm = nn.RMSNorm(shape.width)
+        self.output = nn.Linear(shape.width, shape.vocabulary, bias=False)
+        half = shape.width // shape.heads // 2
+        angles = torch.outer(torch.arange(shape.length), 10000 ** (-torch.arange(half) / half))[None, :, None]
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tok_embeddings(tokens)
+        for layer in self.layers:
+            x = layer(x, self.cos, self.sin)
+        return self.output(self.norm(x))
+
+
+def torch_plan(model: Llama, mesh: DeviceMesh) -> nn.Module:
+    """The model on torch's own styles."""
+    whole, sequence = Replicate(), Shard(1)
+    plan: dict[str, ParallelStyle] = {
+        "tok_embeddings": RowwiseParallel(input_layouts=whole, output_layouts=sequence),
+        "norm": SequenceParallel(),
+        "output": ColwiseParallel(input_layouts=sequence, output_layouts=Shard(-1), use_local_output=False),
+        "layers.*.attention_norm": SequenceParallel(),
+        "layers.*.attention": PrepareModuleInput(
+            input_layouts=(sequence, None, None), desired_input_layouts=(whole, None, None)
+        ),
+        "layers.*.attention.wq": ColwiseParallel(),
+        "layers.*.attention.wk": ColwiseParallel(),
+        "layers.*.attention.wv": ColwiseParallel(),
+        "layers.*.attention.wo": RowwiseParallel(output_layouts=sequence),
+        "layers.*.ffn_norm": SequenceParallel(),
+        "layers.*.feed_forward": PrepareModuleInput(input_layouts=(sequence,), desired_input_layouts=(whole,)),
+        "layers.*.feed_forward.w1": ColwiseParallel(),
+        "layers.*.feed_forward.w3": ColwiseParallel(),
+        "layers.*.feed_forward.w2": RowwiseParallel(output_layouts=sequence),
+    }
+    for layer in model.layers:
+        attention = layer.attention
+        assert isinstance(attention, Attention)
+        attention.n_heads //= mesh.size()
+        attention.n_kv_heads //= mesh.size()
+    return parallelize_module(model, mesh, plan)
+
+
+Step = Callable[[], None]
+
+
+def step(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], shape: Shape) -> Step:
+    """Forward, loss and backward."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, targets = torch.randint(shape.vocabulary, (2, shape.batch, shape.length), generator=generator)
+
+    def run() -> None:
+        model.zero_grad()
+        loss(model(tokens), targets).backward()
+
+    return run
+
+
+def one_device_step(shape: Shape) -> Step:
+    return step(Llama(shape), _flat_cross_entropy, shape)
+
+
+def fabric_tp_step(shape: Shape, mesh: DeviceMesh) -> Step:
+    return step(fabric_tp.llama()(Llama(shape), mesh), fabric_tp.cross_entropy, shape)
+
+
+def torch_plan_step(shape: Shape, mesh: DeviceMesh) -> Step:
+    run = step(torch_plan(Llama(shape), mesh), _flat_cross_entropy, shape)
+    return partial(_with_loss_parallel, run)
+
+
+def _with_loss_parallel(run: Step) -> None:
+    with loss_parallel():
+        run()
+
+
+def _flat_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())

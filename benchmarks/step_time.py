@@ -1,0 +1,92 @@
+"""The time of a real step on real processes: ``python -m benchmarks.step_time``.
+
+Two gloo ranks of one thread each against one process with as many threads, so that all use the same cores.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+import warnings
+from dataclasses import asdict
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from jsonargparse import auto_cli
+from torch.distributed.device_mesh import init_device_mesh
+
+from benchmarks.llama import Shape, Step, fabric_tp_step, one_device_step, torch_plan_step
+from benchmarks.report import report
+
+
+def main(
+    *,
+    shape: Shape = Shape(layers=4, width=512, heads=8, kv_heads=4, hidden=1408, vocabulary=8192, batch=2, length=512),  # noqa: B008
+    tensor_parallel_size: int = 2,
+    rounds: int = 12,
+    out: Path | None = None,
+) -> None:
+    """Time forward, loss and backward: this library, torch's own styles, and one process, one after the other.
+
+    Args:
+        shape: Of the model and the batch.
+        tensor_parallel_size: Ranks, of one thread each.
+        rounds: Timed steps of each.
+        out: A file for the figures, as JSON.
+    """
+    context = mp.get_context("spawn")
+    store = os.path.join(tempfile.mkdtemp(), "store")
+    pipes = [context.Pipe() for _ in range(tensor_parallel_size + 1)]
+    processes = [
+        context.Process(target=_rank, args=(rank, tensor_parallel_size, store, shape, pipe), daemon=True)
+        for rank, (_, pipe) in enumerate(pipes[:-1])
+    ]
+    processes.append(context.Process(target=_alone, args=(tensor_parallel_size, shape, pipes[-1][1]), daemon=True))
+    for process in processes:
+        process.start()
+    ranks, alone = [ours for ours, _ in pipes[:-1]], [pipes[-1][0]]
+    ways = {"fabric_tp": ranks, "torch's styles": ranks, "one process": alone}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for index in range(rounds + 2):
+        for name, connections in ways.items():
+            for connection in connections:
+                connection.send(name)
+            slowest = max(connection.recv() for connection in connections)
+            if index >= 2:
+                seconds[name].append(slowest)
+    for process in processes:
+        process.kill()
+    title = f"A step on {tensor_parallel_size} gloo ranks, {shape.layers} layers of width {shape.width}"
+    report(title, seconds, peer="torch's styles", setting=asdict(shape), out=out)
+
+
+def _rank(rank: int, size: int, store: str, shape: Shape, connection: Connection) -> None:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    names = ("data_parallel", "tensor_parallel")
+    mesh = init_device_mesh("cpu", (1, size), mesh_dim_names=names)["tensor_parallel"]
+    _serve({"fabric_tp": fabric_tp_step(shape, mesh), "torch's styles": torch_plan_step(shape, mesh)}, connection)
+
+
+def _alone(threads: int, shape: Shape, connection: Connection) -> None:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    _serve({"one process": one_device_step(shape)}, connection)
+
+
+def _serve(steps: dict[str, Step], connection: Connection) -> None:
+    while True:
+        step = steps[connection.recv()]
+        start = time.perf_counter()
+        step()
+        connection.send(time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    auto_cli(main)
