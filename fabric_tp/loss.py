@@ -143,20 +143,21 @@ class _CrossEntropy(Function):
         log_z += maximum
         if z_loss:
             losses += z_loss * log_z.square()
-        ctx.save_for_backward(logits, local, elsewhere, ignored, log_z)
+        # Not log_z: next to a large maximum the sum's logarithm loses its digits.
+        ctx.save_for_backward(logits, local, elsewhere, ignored, maximum, packed[0])
         ctx.vocabulary, ctx.smoothing, ctx.z_loss = vocabulary, smoothing, z_loss
         return losses.masked_fill_(ignored, 0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        logits, local, elsewhere, ignored, log_z = ctx.saved_tensors
+        logits, local, elsewhere, ignored, maximum, sums = ctx.saved_tensors
         grad = grad.masked_fill(ignored, 0)
-        of_softmax = grad * (1 + 2 * ctx.z_loss * log_z)
+        of_exponentials = grad * (1 + 2 * ctx.z_loss * (maximum + sums.log())) / sums
         of_target = (-(1 - ctx.smoothing) * grad).masked_fill(elsewhere, 0)
         of_all = -ctx.smoothing / ctx.vocabulary * grad
         result = torch.empty_like(logits)
         for rows in _chunks(logits):
-            part = (logits[rows].to(log_z.dtype) - log_z[rows, None]).exp_().mul_(of_softmax[rows, None])
+            part = (logits[rows].to(maximum.dtype) - maximum[rows, None]).exp_().mul_(of_exponentials[rows, None])
             if ctx.smoothing:
                 part += of_all[rows, None]
             part.scatter_add_(1, local[rows, None], of_target[rows, None])

@@ -35,6 +35,8 @@ class PartialGradients:
         self._under_fsdp = isinstance(model, FSDPModule)
         self._running = False
         self._summed: dict[nn.Parameter, Tensor] = {}
+        self._sharded: dict[tuple[nn.Module, str], nn.Parameter] = {}
+        self._parameters()
         if not self._owners:
             return
         if self._under_fsdp:
@@ -82,7 +84,12 @@ class PartialGradients:
                 parameter.grad = _with_local(parameter, part.view(_local(parameter).shape))
 
     def _parameters(self) -> list[nn.Parameter]:
-        return [module._parameters[name] for module, name in self._owners]  # type: ignore[misc]
+        """The parameters whose ``grad`` the optimizer will see: FSDP2 shows others while a module is gathered."""
+        for owner in self._owners:
+            parameter = owner[0].get_parameter(owner[1])
+            if not self._under_fsdp or parameter.device_mesh.ndim > 1:  # type: ignore[attr-defined]
+                self._sharded[owner] = parameter
+        return list(self._sharded.values())
 
     def _is_summed(self, grad: Tensor) -> bool:
         return self._under_fsdp or (isinstance(grad, DTensor) and not grad.placements[0].is_partial())
