@@ -39,6 +39,11 @@ def after_backward(callback: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
 
 
+def current_backward() -> int:
+    """A number for the backward that is running; no two backwards have the same."""
+    return torch._C._current_graph_task_id()
+
+
 def assert_on_device(condition: Tensor, message: str) -> None:
     """Fail on the device if ``condition`` is false, without making the host wait for it."""
     torch._assert_async(condition, message)

@@ -48,15 +48,17 @@ def generate(
     padded[0, :length] = tokens
     training = model.training
     model.eval()
-    for position in range(length, total):
-        logits = model(padded)
-        last = logits[:, position - 1] if not isinstance(logits, DTensor) else _gather_row(logits, position - 1)
-        token = _choose(last.reshape(-1).float().cpu(), generator, temperature, top_k)
-        padded[0, position] = token
-        length += 1
-        if token == eos_id:
-            break
-    model.train(training)
+    try:
+        for position in range(length, total):
+            logits = model(padded)
+            last = logits[:, position - 1] if not isinstance(logits, DTensor) else _gather_row(logits, position - 1)
+            token = _choose(last.reshape(-1).float().cpu(), generator, temperature, top_k)
+            padded[0, position] = token
+            length += 1
+            if token == eos_id:
+                break
+    finally:
+        model.train(training)
     return padded[0, :length]
 
 

@@ -125,13 +125,14 @@ def check_plan(plan: Mapping[str, ParallelStyle], model: nn.Module, tensor_paral
     """Raise ValueError if the plan cannot be right for the model on so many ranks, before anything is sharded.
 
     Raises:
-        ValueError: A pattern matches no module; a style does not fit its module; a size is not divisible, with the
-            sizes that work; a parameter is covered by no style.
+        ValueError: A pattern matches no module, or two match the same; a style does not fit its module; a size is not
+            divisible, with the sizes that work; a parameter is covered by no style.
     """
     matched = dict(resolve(plan, model))
     if unmatched := [pattern for pattern, modules in matched.items() if not modules]:
         names = ", ".join(name for name, _ in list(model.named_modules())[1:9])
         raise ValueError(f"The plan's {unmatched} match no module of the model. Its modules are called {names}, ...")
+    _check_overlap(matched)
     divided: dict[str, Mapping[str, int]] = {}
     for pattern, modules in matched.items():
         style = plan[pattern]
@@ -144,6 +145,16 @@ def check_plan(plan: Mapping[str, ParallelStyle], model: nn.Module, tensor_paral
                 divided[name] = style.divided(module)
     _check_sizes(divided, tensor_parallel_size)
     _check_coverage(plan, matched, model)
+
+
+def _check_overlap(matched: Mapping[str, list[tuple[str, nn.Module]]]) -> None:
+    owners: dict[str, str] = {}
+    for pattern, modules in matched.items():
+        for name, _ in modules:
+            if (other := owners.setdefault(name, pattern)) != pattern:
+                raise ValueError(
+                    f"The plan's {other!r} and {pattern!r} both match {name or 'the model'}; a module has one style."
+                )
 
 
 def _check_sizes(divided: Mapping[str, Mapping[str, int]], tensor_parallel_size: int) -> None:
@@ -216,10 +227,12 @@ def table(
     plan: Mapping[str, ParallelStyle], model: nn.Module, *, tensor_parallel_size: int, data_parallel_size: int = 1
 ) -> str:
     """What is sharded how: a row per pattern of the plan and parameter."""
+    if data_parallel_size < 1:
+        raise ValueError(f"data_parallel_size={data_parallel_size} must be at least 1.")
     rows = Table(title=f"tensor parallel {tensor_parallel_size} x data parallel {data_parallel_size}", title_style="")
     for heading in ("module", "style", "parameter", "whole", "per rank", "forward", "backward"):
         rows.add_column(heading, overflow="fold")
-    whole_total = rank_total = 0
+    counts: dict[str, tuple[int, int]] = {}
     for pattern, modules in resolve(plan, model):
         style, (_, module) = plan[pattern], modules[0]
         forward, backward = style.collectives() if isinstance(style, Style) else ("?", "?")
@@ -231,10 +244,15 @@ def table(
         for name, (whole, local) in shapes.items():
             rows.add_row(*first, name, _times(whole), _times(local), forward, backward)
             first, forward, backward = ("", ""), "", ""
-            whole_total += math.prod(whole) * len(modules)
-            rank_total += math.prod(local) * len(modules)
+        for owner, each in modules:
+            for name, (whole, local) in _shapes(style, each, tensor_parallel_size):
+                counts[f"{owner}.{name}" if owner else name] = math.prod(whole), math.prod(local)
+    for _, *again in tied_parameters(model):
+        for name in again:
+            counts.pop(name, None)
     console = Console(file=StringIO(), width=200, force_terminal=False)
     console.print(rows)
+    whole_total, rank_total = (sum(numbers[i] for numbers in counts.values()) for i in range(2))
     per_rank = math.ceil(rank_total / data_parallel_size)
     text = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
     return f"{text}\n{whole_total:,} parameters, about {per_rank:,} of them on each rank\n"

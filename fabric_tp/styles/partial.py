@@ -33,7 +33,7 @@ class PartialGradients:
         self._group = mesh.get_group()
         self._owners = list(_partial_parameters(model))
         self._under_fsdp = isinstance(model, FSDPModule)
-        self._running = False
+        self._backward = -1
         self._summed: dict[nn.Parameter, Tensor] = {}
         self._sharded: dict[tuple[nn.Module, str], nn.Parameter] = {}
         self._parameters()
@@ -47,15 +47,15 @@ class PartialGradients:
         model.register_forward_hook(self._watch)
 
     def _watch(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._running = False
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 leaf.register_hook(self._before_backward)
 
     def _before_backward(self, grad: Tensor) -> None:
-        if self._running:
+        if self._backward == _torch.current_backward():
             return
-        self._running = True
+        self._backward = _torch.current_backward()
+        self._summed = {}  # left over from a backward that failed, whose gradients are no good to anybody
         for parameter in self._parameters():
             if parameter.grad is not None and self._is_summed(parameter.grad):
                 self._summed[parameter] = parameter.grad
@@ -64,7 +64,6 @@ class PartialGradients:
 
     @torch.no_grad()
     def _after_backward(self) -> None:
-        self._running = False
         summed, self._summed = self._summed, {}
         parts = [parameter for parameter in self._parameters() if parameter.grad is not None]
         if self.enabled or summed:

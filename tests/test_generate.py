@@ -1,0 +1,147 @@
+"""Text from a parallelized model is that of a plain loop on one device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import fabric_tp
+from tests.models import VOCABULARY, build
+from tests.pool import mesh
+
+PROMPT, NEW = 7, 9
+MESHES = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2)]
+
+
+def prompt(length: int = PROMPT) -> Tensor:
+    return torch.randint(VOCABULARY, (length,), generator=torch.Generator().manual_seed(0))
+
+
+def greedy(tokens: Tensor, new: int = NEW, name: str = "Llama-3-8B") -> list[int]:
+    """The likeliest next token, again and again, by the model on one device."""
+    model = build(name).eval()
+    with torch.no_grad():
+        for _ in range(new):
+            tokens = torch.cat([tokens, model(tokens[None])[0, -1].argmax()[None]])
+    return tokens.tolist()
+
+
+def parallelized(sizes: tuple[int, int], name: str = "Llama-3-8B", **options: Any) -> nn.Module:
+    return fabric_tp.auto(**options)(build(name), mesh(*sizes))
+
+
+def generate(
+    sizes: tuple[int, int],
+    tokens: Tensor,
+    options: dict[str, Any],
+    name: str = "Llama-3-8B",
+    new: int = NEW,
+    **how: Any,
+) -> list[int]:
+    """The same on every rank, or it fails."""
+    mine = fabric_tp.generate(parallelized(sizes, name, **options), tokens, new, **how)
+    of_all_ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(of_all_ranks, mine)
+    assert all(torch.equal(other, mine) for other in of_all_ranks), of_all_ranks
+    return mine.tolist()
+
+
+@pytest.mark.parametrize("loss_parallel", [True, False])
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_greedy(pool, sizes, sequence_parallel, loss_parallel) -> None:
+    options = {"sequence_parallel": sequence_parallel, "loss_parallel": loss_parallel}
+    generated = pool(sizes[0] * sizes[1])(generate, sizes, prompt(), options, temperature=0)
+    assert generated == greedy(prompt())
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 8, 13])
+def test_prompt_lengths(pool, length) -> None:
+    assert pool(4)(generate, (1, 4), prompt(length), {}, temperature=0) == greedy(prompt(length))
+
+
+@pytest.mark.parametrize("name", ["pythia-14m", "llama"])
+def test_other_models(pool, name) -> None:
+    assert pool(2)(generate, (1, 2), prompt(), {}, name, temperature=0) == greedy(prompt(), name=name)
+
+
+def test_no_new_tokens(pool) -> None:
+    assert pool(2)(generate, (1, 2), prompt(), {}, new=0) == prompt().tolist()
+
+
+@pytest.mark.parametrize("sizes", MESHES[1:], ids=str)
+def test_same_seed_same_sample_on_every_mesh(pool, sizes) -> None:
+    expected = pool(1)(generate, (1, 1), prompt(), {}, seed=5, top_k=20)
+    assert pool(sizes[0] * sizes[1])(generate, sizes, prompt(), {}, seed=5, top_k=20) == expected
+
+
+def test_another_seed_gives_another_sample(pool) -> None:
+    samples = [pool(2)(generate, (1, 2), prompt(), {}, seed=seed) for seed in (5, 6)]
+    assert samples[0] != samples[1]
+
+
+def generate_with_different_states() -> list[int]:
+    torch.manual_seed(dist.get_rank())
+    return generate((1, 2), prompt(), {})
+
+
+def test_without_seed_ranks_agree(pool) -> None:
+    pool(2)(generate_with_different_states)
+
+
+def test_top_1_is_greedy(pool) -> None:
+    assert pool(2)(generate, (1, 2), prompt(), {}, top_k=1) == greedy(prompt())
+
+
+def test_top_k_above_the_vocabulary(pool) -> None:
+    samples = [pool(2)(generate, (1, 2), prompt(), {}, seed=5, top_k=top_k) for top_k in (VOCABULARY, 10**6)]
+    assert samples[0] == samples[1]
+
+
+def test_low_temperature_is_greedy(pool) -> None:
+    assert pool(2)(generate, (1, 2), prompt(), {}, temperature=1e-4) == greedy(prompt())
+
+
+def test_stops_after_eos(pool) -> None:
+    expected = greedy(prompt())
+    eos = expected[PROMPT + 2]
+    stop = expected.index(eos, PROMPT) + 1
+    assert pool(2)(generate, (1, 2), prompt(), {}, temperature=0, eos_id=eos) == expected[:stop]
+
+
+@pytest.mark.parametrize("tokens", [torch.zeros(0, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64)])
+def test_wrong_prompt(tokens) -> None:
+    with pytest.raises(ValueError, match=r"shape \(n,\) with n > 0.*\(" + ("0" if tokens.dim() == 1 else "1, 4")):
+        fabric_tp.generate(nn.Identity(), tokens, 3)
+
+
+def mode_after(training: bool, tokens: Tensor) -> bool:
+    model = parallelized((1, 2)).train(training)
+    try:
+        fabric_tp.generate(model, tokens, 2)
+    except ValueError:
+        assert tokens.max() >= VOCABULARY
+    return model.training
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_training_mode_is_restored(pool, training) -> None:
+    assert pool(2)(mode_after, training, prompt()) is training
+
+
+def test_training_mode_is_restored_after_an_error(pool) -> None:
+    assert pool(2)(mode_after, True, torch.tensor([VOCABULARY])) is True
+
+
+def leaves_no_gradients() -> bool:
+    model = parallelized((1, 2))
+    fabric_tp.generate(model, prompt(), 2)
+    return all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_leaves_no_gradients(pool) -> None:
+    assert pool(2)(leaves_no_gradients)
