@@ -17,7 +17,8 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from fabric_tp import _torch
 from fabric_tp.architectures import FEED_FORWARD, KNOWN, LITGPT, LLAMA, Architecture
 from fabric_tp.architectures.architecture import children, has
-from fabric_tp.plan import Plan, apply_plan, check_plan, make_plan, table, tied_parameters
+from fabric_tp.derive import Options, derive_plan
+from fabric_tp.plan import Plan, apply_plan, check_plan, table, tied_parameters
 from fabric_tp.random import broadcast, initialize, shared_seed
 from fabric_tp.styles import VocabParallelEmbedding
 from fabric_tp.styles.embedding import check_sequence_length
@@ -45,6 +46,7 @@ class Parallelize:
     """Name of the ModuleList or ModuleDict whose children FSDP2, checkpointing and compile take one by one."""
     sequence_parallel: bool = True
     loss_parallel: bool = True
+    replicate_attention: bool = False
     activation_checkpointing: ActivationCheckpointing = "none"
     compile: bool = False
     mixed_precision: MixedPrecision | MixedPrecisionPolicy | None = None
@@ -82,7 +84,9 @@ class Parallelize:
 
     def plan(self, model: nn.Module, *, tensor_parallel_size: int) -> Plan:
         """The style of each module, by name pattern; checked as in :meth:`check`."""
-        plan = self._plan(model)
+        if tensor_parallel_size < 1:
+            raise ValueError(f"tensor_parallel_size={tensor_parallel_size} must be at least 1.")
+        plan = self._plan(model, tensor_parallel_size)
         check_plan(plan, model, tensor_parallel_size)
         return plan
 
@@ -109,11 +113,16 @@ class Parallelize:
         sizes = {"tensor_parallel_size": tensor_parallel_size, "data_parallel_size": data_parallel_size}
         return table(plan, model, **sizes)
 
-    def _plan(self, model: nn.Module) -> Plan:
+    def _plan(self, model: nn.Module, tensor_parallel_size: int) -> Plan:
         if self.own_plan is not None:
             return dict(self.own_plan)
-        options = {"sequence_parallel": self.sequence_parallel, "loss_parallel": self.loss_parallel}
-        return make_plan(self._architecture(model), model, **options)
+        options = Options(
+            tensor_parallel_size=tensor_parallel_size,
+            sequence_parallel=self.sequence_parallel,
+            loss_parallel=self.loss_parallel,
+            replicate_attention=self.replicate_attention,
+        )
+        return derive_plan(self._architecture(model), model, options)
 
     def _architecture(self, model: nn.Module) -> Architecture:
         return self.architecture or recognise(model)
@@ -164,6 +173,7 @@ def litgpt(
     *,
     sequence_parallel: bool = True,
     loss_parallel: bool = True,
+    replicate_attention: bool = False,
     activation_checkpointing: ActivationCheckpointing = "none",
     compile: bool = False,
     mixed_precision: MixedPrecision | MixedPrecisionPolicy | None = None,
@@ -176,6 +186,8 @@ def litgpt(
             less memory; the sequence length must be a multiple of the number of ranks.
         loss_parallel: Logits stay sharded over the vocabulary, for :func:`fabric_tp.cross_entropy`. Otherwise every
             rank gets all of them.
+        replicate_attention: Every rank computes the whole attention, for models whose heads cannot be divided;
+            everything else is sharded.
         activation_checkpointing: ``"none"``; ``"full"``: keep only each block's input and compute the block again in
             the backward; ``"selective"``: also keep the results of attention and of reductions.
         compile: Compile each block by itself.
@@ -191,6 +203,7 @@ def llama(
     *,
     sequence_parallel: bool = True,
     loss_parallel: bool = True,
+    replicate_attention: bool = False,
     activation_checkpointing: ActivationCheckpointing = "none",
     compile: bool = False,
     mixed_precision: MixedPrecision | MixedPrecisionPolicy | None = None,
@@ -244,6 +257,7 @@ def auto(
     *,
     sequence_parallel: bool = True,
     loss_parallel: bool = True,
+    replicate_attention: bool = False,
     activation_checkpointing: ActivationCheckpointing = "none",
     compile: bool = False,
     mixed_precision: MixedPrecision | MixedPrecisionPolicy | None = None,

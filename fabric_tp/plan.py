@@ -1,4 +1,4 @@
-"""From an architecture to a plan, the checks of a plan as a whole, its application, and its printed table."""
+"""A plan as a whole: what its patterns mean, whether it can be right, how it is applied, and what it looks like."""
 
 from __future__ import annotations
 
@@ -22,91 +22,11 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
 )
 
-from fabric_tp.architectures import Architecture
-from fabric_tp.architectures.architecture import children, find_feed_forwards, has
-from fabric_tp.styles import (
-    Colwise,
-    FusedColwise,
-    Layout,
-    LMHead,
-    PrepareInput,
-    Replicated,
-    Rowwise,
-    ShardHeads,
-    Style,
-    VocabParallelEmbedding,
-)
+from fabric_tp.styles import FusedColwise, Style
 from fabric_tp.styles.style import own_parameters
 
 Plan = dict[str, ParallelStyle]
 """Styles by the name of the module they are for; ``*`` stands for one part of a name (``"layers.*.attention.wq"``)."""
-
-
-def make_plan(
-    architecture: Architecture, model: nn.Module, *, sequence_parallel: bool = True, loss_parallel: bool = True
-) -> Plan:
-    """The plan for a model of this architecture.
-
-    Raises:
-        ValueError: The model lacks modules of the architecture.
-    """
-    if not architecture.matches(model):
-        raise ValueError(
-            f"The model is a {type(model).__name__} and not {architecture.description}. fabric_tp.auto() recognises the"
-            " architecture; fabric_tp.from_plan() takes a plan of yours for any other model."
-        )
-    if architecture.block is None:
-        return _feed_forward_plan(architecture, model)
-    layout: Layout = "sequence" if sequence_parallel else "replicate"
-    return {
-        architecture.embedding: VocabParallelEmbedding(output_layout=layout),
-        **_block_plan(architecture, model, layout),
-        architecture.norm: Replicated(layout),
-        architecture.head: LMHead(loss_parallel=loss_parallel, input_layout=layout),
-    }
-
-
-def _block_plan(architecture: Architecture, model: nn.Module, layout: Layout) -> Plan:
-    assert architecture.block is not None
-    blocks = children(model, architecture.blocks)
-    first, pattern = next(iter(blocks.values())), f"{architecture.blocks}.*"
-    attention, feed_forward = architecture.block.attention, architecture.block.feed_forward
-    attention_module = first.get_submodule(attention.name)
-    heads = tuple(path for path in attention.heads if _has_attribute(attention_module, path))
-    plan: Plan = {norm: Replicated(layout) for norm in architecture.block.norms}
-    plan[attention.name] = ShardHeads(heads, input_layout=layout)
-    for name, rows in (attention.fused or {}).items():
-        if has(attention_module, name):
-            plan[f"{attention.name}.{name}"] = FusedColwise(rows(attention_module), input_layout=None)
-    plan |= {f"{attention.name}.{name}": Colwise(input_layout=None) for name in attention.inputs}
-    plan |= {f"{attention.name}.{name}": Rowwise(output_layout=layout) for name in attention.outputs}
-    plan[feed_forward.name] = PrepareInput(layout)
-    plan |= {f"{feed_forward.name}.{name}": Colwise(input_layout=None) for name in feed_forward.inputs}
-    plan |= {f"{feed_forward.name}.{name}": Rowwise(output_layout=layout) for name in feed_forward.outputs}
-    return {f"{pattern}.{name}": style for name, style in plan.items() if any(_holds(b, name) for b in blocks.values())}
-
-
-def _holds(block: nn.Module, name: str) -> bool:
-    """Whether there is such a module with parameters; where a model has no norm it may have an ``nn.Identity``."""
-    return has(block, name) and any(True for _ in block.get_submodule(name).parameters())
-
-
-def _feed_forward_plan(architecture: Architecture, model: nn.Module) -> Plan:
-    assert architecture.feed_forward is not None
-    plan: Plan = {}
-    for name in find_feed_forwards(architecture.feed_forward, model):
-        prefix = f"{name}." if name else ""
-        plan[name] = PrepareInput("replicate")
-        plan |= {f"{prefix}{layer}": Colwise(input_layout=None) for layer in architecture.feed_forward.inputs}
-        plan |= {f"{prefix}{layer}": Rowwise() for layer in architecture.feed_forward.outputs}
-    return plan
-
-
-def _has_attribute(module: nn.Module, path: str) -> bool:
-    value: object = module
-    for name in path.split("."):
-        value = getattr(value, name, None)
-    return isinstance(value, int)
 
 
 def resolve(plan: Mapping[str, ParallelStyle], model: nn.Module) -> Iterator[tuple[str, list[tuple[str, nn.Module]]]]:
@@ -158,8 +78,6 @@ def _check_overlap(matched: Mapping[str, list[tuple[str, nn.Module]]]) -> None:
 
 
 def _check_sizes(divided: Mapping[str, Mapping[str, int]], tensor_parallel_size: int) -> None:
-    if tensor_parallel_size < 1:
-        raise ValueError(f"tensor_parallel_size={tensor_parallel_size} must be at least 1.")
     for name, numbers in divided.items():
         wrong = {what: number for what, number in numbers.items() if number % tensor_parallel_size}
         if wrong:
@@ -265,7 +183,8 @@ def _shapes(
         for name in own_parameters(module):
             for part, rows in style.parts.items():
                 rest = tuple(module.get_parameter(name).shape[1:])
-                yield f"{part}.{name}", ((rows, *rest), (rows // size, *rest))
+                local = rows if part in style.shared else rows // size
+                yield f"{part}.{name}", ((rows, *rest), (local, *rest))
         return
     for name in _covers(style, module):
         whole = tuple(module.get_parameter(name).shape)

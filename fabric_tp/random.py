@@ -82,20 +82,18 @@ def _pending(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, list[
 
 
 def _reset(module: nn.Module, wanted: dict[str, list[tuple[nn.Module, str]]], device: torch.device) -> None:
+    stored = {name: [owner.get_parameter(own) for owner, own in places] for name, places in wanted.items()}
     held = dict(module._parameters)
-    for name, places in wanted.items():
-        parameters = [owner.get_parameter(own) for owner, own in places]
-        shape = (sum(p.shape[0] for p in parameters), *parameters[0].shape[1:]) if parameters[0].dim() else ()
-        whole = torch.empty(shape, dtype=parameters[0].dtype, device=device)
-        module._parameters[name] = nn.Parameter(whole)
     try:
+        for name, parts in stored.items():
+            shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:]) if parts[0].dim() else ()
+            module._parameters[name] = nn.Parameter(torch.empty(shape, dtype=parts[0].dtype, device=device))
         module.reset_parameters()  # type: ignore[operator]
-        for name, places in wanted.items():
-            whole = module._parameters[name].detach()  # type: ignore[union-attr]
-            parameters = [owner._parameters[own] if owner is not module else held[own] for owner, own in places]
-            rows = [p.shape[0] for p in parameters] if whole.dim() else []  # type: ignore[union-attr]
-            for parameter, part in zip(parameters, whole.split(rows) if rows else [whole], strict=True):
-                copy_shard(parameter, part)  # type: ignore[arg-type]
+        for name, parts in stored.items():
+            whole = module.get_parameter(name).detach()
+            rows = [part.shape[0] for part in parts]
+            for part, values in zip(parts, whole.split(rows) if len(parts) > 1 else [whole], strict=True):
+                copy_shard(part, values)
     finally:
         module._parameters.clear()
         module._parameters.update(held)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 import fabric_tp
-from fabric_tp.checkpoint.litgpt import _fused
 from fabric_tp.shards import gather_shards
+from fabric_tp.styles.fused import fused_parameters
 from tests.models import LENGTH, VOCABULARY, build
 from tests.pool import mesh
 
@@ -53,7 +53,10 @@ def differences(
     if break_model:
         break_model(model)
     if name == "feed_forward":
-        return {**_output_gradient(reference, model, sizes), **_steps(reference, model, sizes, _regression, _regression)}
+        return {
+            **_output_gradient(reference, model, sizes),
+            **_steps(reference, model, sizes, _regression, _regression),
+        }
     return {
         **_output_gradient(reference, model, sizes),
         **_steps(reference, model, sizes, _one_device_loss, _parallel_loss),
@@ -158,7 +161,7 @@ def _gradients(reference: nn.Module, model: nn.Module) -> dict[str, float]:
 
 def _whole(model: nn.Module, of: Callable[[nn.Parameter], Any]) -> dict[str, Tensor]:
     """Gathered tensors by the names of the unparallelized model."""
-    fused = dict(_fused(model))
+    fused = fused_parameters(model)
     parts: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         parts.setdefault(fused.get(name, name), []).append(gather_shards(of(parameter)))

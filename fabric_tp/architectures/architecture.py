@@ -1,33 +1,72 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
+
+Parts = Callable[[nn.Module], Mapping[str, int]]
+"""From a module to the output features of each part of a fused linear layer in it, in their order."""
+
+
+@dataclass(frozen=True)
+class HeadCounts:
+    query: int
+    key_value: int
+    size: int
+    """Features of one head."""
 
 
 @dataclass(frozen=True)
 class Attention:
-    """The attention module of a block. Names are paths from it; those a model lacks are skipped."""
+    """The attention module of a block. Names are paths from it; those that a model lacks are skipped."""
 
     name: str
-    heads: tuple[str, ...]
-    """Attributes that count heads, of queries and of keys and values: ``"n_heads"`` or ``"config.n_head"``."""
+    counts: Callable[[nn.Module], HeadCounts]
+    """How many heads the attention module has."""
     outputs: tuple[str, ...]
     """Linear layers from the heads back to the model's width."""
-    inputs: tuple[str, ...] = ()
-    """Linear layers from the model's width to the heads."""
-    fused: Mapping[str, Callable[[nn.Module], Mapping[str, int]]] | None = None
-    """Linear layers to several things at once, with a function from the attention module to the rows of each part."""
+    queries: tuple[str, ...] = ()
+    """Linear layers whose output features are those of the query heads."""
+    keys_values: tuple[str, ...] = ()
+    """Linear layers whose output features are those of the key and value heads."""
+    fused: Mapping[str, Parts] = field(default_factory=dict)
+    """Linear layers to the heads of "q", "k" and "v", one after the other."""
+    query_norms: tuple[str, ...] = ()
+    key_norms: tuple[str, ...] = ()
+    """Norms of each head, or of all heads together; their weights tell which."""
+    whole: tuple[str, ...] = ()
+    """Layers before the split into heads, such as the compressions of multi-head latent attention."""
+    query_counts: tuple[str, ...] = ()
+    """Attributes that hold the number of query heads: ``"n_heads"``, ``"config.n_head"``."""
+    key_value_counts: tuple[str, ...] = ()
+    """Attributes that hold the number of key and value heads."""
+    group_sizes: tuple[str, ...] = ()
+    """Attributes that hold the number of query heads to each key and value head."""
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """The MLP of a block. Names are paths from it; those a model lacks are skipped."""
+    """An MLP. Names are paths from it; those that a model lacks are skipped."""
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    fused: Mapping[str, Parts] = field(default_factory=dict)
+    """Linear layers to several things of the hidden width, one after the other."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of the MLP."""
+
+    name: str
+    router: str
+    """The module that chooses; it sees every token on every rank."""
+    experts: str
+    """The ModuleList of experts, MLPs with the layers of ``FeedForward``."""
+    shared: tuple[str, ...] = ()
+    """MLPs that every token passes."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +74,9 @@ class Block:
     norms: tuple[str, ...]
     attention: Attention
     feed_forward: FeedForward
+    experts: Experts | None = None
+    shared_norm: Callable[[nn.Module], str | None] | None = None
+    """From a block to the norm whose output both attention and MLP take, and both add to the block's input."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +96,8 @@ class Architecture:
     norm: str = ""
     head: str = ""
     feed_forward: FeedForward | None = None
+    measures_embedding: bool = False
+    """The model takes the sequence length from the embedding's output, which must then be whole on every rank."""
 
     @property
     def ends(self) -> tuple[tuple[str, ...], ...]:
@@ -67,12 +111,12 @@ class Architecture:
             return bool(find_feed_forwards(self.feed_forward, model))
         blocks = list(children(model, self.blocks).values())
         attention = self.block.attention
-        projections = (*attention.inputs, *(attention.fused or {}), *attention.outputs)
+        inputs = (*attention.queries, *attention.fused)
         return (
             all(has(model, path) for path in (self.embedding, self.norm, self.head))
             and bool(blocks)
-            and has(blocks[0], attention.name)
-            and sum(has(blocks[0], f"{attention.name}.{name}") for name in projections) >= 2
+            and any(has(blocks[0], f"{attention.name}.{name}") for name in inputs)
+            and any(has(blocks[0], f"{attention.name}.{name}") for name in attention.outputs)
         )
 
 

@@ -1,16 +1,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
-from fabric_tp.architectures.architecture import Architecture, Attention, Block, FeedForward
+from fabric_tp.architectures.architecture import Architecture, Attention, Block, Experts, FeedForward, HeadCounts
 
 
-def _qkv_rows(attention: nn.Module) -> Mapping[str, int]:
-    config = attention.config
-    keys = config.n_query_groups * config.head_size  # type: ignore[union-attr, operator]
-    return {"q": config.n_head * config.head_size, "k": keys, "v": keys}  # type: ignore[union-attr, operator, dict-item]
+def _counts(attention: nn.Module) -> HeadCounts:
+    config: Any = attention.config
+    return HeadCounts(query=config.n_head, key_value=config.n_query_groups, size=config.head_size)
+
+
+def _qkv(attention: nn.Module) -> Mapping[str, int]:
+    config: Any = attention.config
+    keys = config.n_query_groups * config.head_size
+    return {"q": config.n_head * config.head_size, "k": keys, "v": keys}
+
+
+def _shared_norm(block: nn.Module) -> str | None:
+    config: Any = block.config
+    return "norm_1" if config.parallel_residual and config.shared_attention_norm else None
 
 
 LITGPT = Architecture(
@@ -22,11 +33,20 @@ LITGPT = Architecture(
         norms=("norm_1", "post_attention_norm", "norm_2", "post_mlp_norm"),
         attention=Attention(
             name="attn",
-            heads=("config.n_head", "config.n_query_groups"),
-            fused={"qkv": _qkv_rows},
+            counts=_counts,
+            fused={"qkv": _qkv},
+            queries=("q_b_proj",),
+            keys_values=("kv_b_proj",),
             outputs=("proj",),
+            query_norms=("norm_q",),
+            key_norms=("norm_k",),
+            whole=("q_a_proj", "q_a_norm", "kv_a_proj_with_mqa", "kv_a_norm"),
+            query_counts=("config.n_head",),
+            key_value_counts=("config.n_query_groups",),
         ),
         feed_forward=FeedForward(name="mlp", inputs=("fc", "fc_1", "fc_2"), outputs=("proj",)),
+        experts=Experts(name="mlp", router="gate", experts="experts", shared=("shared_experts",)),
+        shared_norm=_shared_norm,
     ),
     norm="transformer.ln_f",
     head="lm_head",

@@ -1,4 +1,18 @@
-from fabric_tp.architectures.architecture import Architecture, Attention, Block, FeedForward
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fabric_tp.architectures.architecture import Architecture, Attention, Block, FeedForward, HeadCounts
+
+
+def _counts(attention: nn.Module) -> HeadCounts:
+    module: Any = attention
+    queries = getattr(module, "n_heads", None) or module.n_local_heads
+    keys = getattr(module, "n_kv_heads", None) or queries
+    return HeadCounts(query=queries, key_value=keys, size=module.wq.out_features // queries)
+
 
 LLAMA = Architecture(
     name="llama",
@@ -9,9 +23,15 @@ LLAMA = Architecture(
         norms=("attention_norm", "ffn_norm"),
         attention=Attention(
             name="attention",
-            heads=("n_heads", "n_kv_heads", "n_local_heads", "n_local_kv_heads"),
-            inputs=("wq", "wk", "wv"),
+            counts=_counts,
+            queries=("wq",),
+            keys_values=("wk", "wv"),
             outputs=("wo",),
+            query_norms=("q_norm",),
+            key_norms=("k_norm",),
+            query_counts=("n_heads", "n_local_heads"),
+            key_value_counts=("n_kv_heads", "n_local_kv_heads"),
+            group_sizes=("n_rep",),
         ),
         feed_forward=FeedForward(name="feed_forward", inputs=("w1", "w3"), outputs=("w2",)),
     ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,8 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fabric_tp.shards import copy_shard, gather_shards
-from fabric_tp.styles.fused import FusedColwise
-from fabric_tp.styles.style import LocalModule
+from fabric_tp.styles.fused import fused_parameters
 
 
 def save(model: nn.Module, path: str | Path) -> None:
@@ -69,16 +67,7 @@ def _whole_tensors(model: nn.Module) -> dict[str, list[Tensor]]:
     """The state dict's tensors by the keys of the unparallelized model, fused ones as a list of their parts."""
     tensors = dict(model.state_dict())
     result: dict[str, list[Tensor]] = {}
-    fused = dict(_fused(model))
+    fused = fused_parameters(model)
     for key, tensor in tensors.items():
         result.setdefault(fused.get(key, key), []).append(tensor)
     return result
-
-
-def _fused(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Key of each part, and key of the whole; parts come in their order in a state dict."""
-    for name, module in model.named_modules():
-        if isinstance(module, LocalModule) and isinstance(style := module.parallelized.style, FusedColwise):
-            for own in style.fused_names(module):
-                for part in style.parts:
-                    yield f"{name}.{part}.{own}", f"{name}.{own}"

@@ -11,6 +11,8 @@ reduce                 all-reduce      nothing
 gather                 all-gather      reduce-scatter
 reduce_scatter         reduce-scatter  all-gather
 gather_replicated      all-gather      own slice
+scatter                own slice       all-gather
+all_reduce             all-reduce      all-reduce
 =====================  ==============  ==============
 """
 
@@ -67,6 +69,16 @@ def gather_replicated(x: Tensor, group: Group, dim: int = -1) -> Tensor:
     return x if group.size == 1 else _GatherReplicated.apply(x, dim % x.dim(), group.size, group.rank, group.name)
 
 
+def scatter(x: Tensor, group: Group, dim: int = SEQUENCE_DIM) -> Tensor:
+    """The whole ``(b, s, n)``, the same on every rank -> this rank's shard ``(b, s/t, n)``."""
+    return x if group.size == 1 else _Scatter.apply(x, dim % x.dim(), group.size, group.rank, group.name)
+
+
+def all_reduce(x: Tensor, group: Group) -> Tensor:
+    """Partial sums ``(..., n)`` -> their sum, which each rank then uses for something of its own."""
+    return copy(reduce(x, group), group)
+
+
 class _Copy(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
@@ -119,6 +131,17 @@ class _GatherReplicated(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad.chunk(ctx.size, ctx.dim)[ctx.rank].contiguous(), None, None, None, None
+
+
+class _Scatter(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, size: int, rank: int, name: str) -> Tensor:
+        ctx.dim, ctx.size, ctx.name = dim, size, name
+        return x.chunk(size, dim)[rank].clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _gather_along(grad, ctx.dim, ctx.size, ctx.name), None, None, None, None
 
 
 def _gather_along(x: Tensor, dim: int, size: int, name: str) -> Tensor:

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import copy
-import operator
-from collections.abc import Mapping
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from fabric_tp.styles.collectives import Group
+from fabric_tp.styles.collectives import SEQUENCE_DIM, gather_replicated, scatter
 from fabric_tp.styles.colwise import enter_sharded, entering
+from fabric_tp.styles.rowwise import leave_sharded, leaving
 from fabric_tp.styles.style import Layout, Parallelized, Style
 
 
@@ -25,8 +24,8 @@ class PrepareInput(Style):
     ==============  ===========  ============  ==============  ==============
     """
 
-    def __init__(self, input_layout: Layout = "replicate") -> None:
-        self.input_layout: Layout = input_layout
+    def __init__(self, input_layout: Layout | None = "replicate") -> None:
+        self.input_layout = input_layout
 
     def enter(self, this: Parallelized, x: Tensor) -> Tensor:
         return enter_sharded(this, x, self.input_layout)
@@ -35,28 +34,69 @@ class PrepareInput(Style):
         return entering(self.input_layout)
 
 
-class ShardHeads(PrepareInput):
-    """An attention module that computes with this rank's heads only.
+class PrepareInputOutput(PrepareInput):
+    """A module that makes partial sums of its output in several places: the input as above, the output summed once.
 
     Args:
-        heads: The attributes that count heads, as paths from the module (``"n_heads"``, ``"config.n_head"``); each is
-            divided by the number of ranks. An object on the way, such as a shared config, is copied, never changed.
         input_layout: As in :class:`PrepareInput`.
+        output_layout: As in :class:`Rowwise`.
     """
 
-    def __init__(self, heads: tuple[str, ...], *, input_layout: Layout = "replicate") -> None:
+    def __init__(self, input_layout: Layout | None = "replicate", output_layout: Layout | None = "replicate") -> None:
         super().__init__(input_layout)
-        self.heads = heads
+        self.output_layout = output_layout
 
-    def divided(self, module: nn.Module) -> Mapping[str, int]:
-        return {path: operator.attrgetter(path)(module) for path in self.heads}
+    def leave(self, this: Parallelized, y: Any) -> Any:
+        return leave_sharded(this, y, self.output_layout)
 
-    def prepare(self, module: nn.Module, group: Group) -> None:
-        local = {path: number // group.size for path, number in self.divided(module).items()}
-        for owner in sorted({path.rpartition(".")[0] for path in local} - {""}):
-            parent, _, name = owner.rpartition(".")
-            holder = operator.attrgetter(parent)(module) if parent else module
-            setattr(holder, name, copy.copy(getattr(holder, name)))
-        for path, number in local.items():
-            owner, _, name = path.rpartition(".")
-            setattr(operator.attrgetter(owner)(module) if owner else module, name, number)
+    def collectives(self) -> tuple[str, str]:
+        return join(entering(self.input_layout), leaving(self.output_layout))
+
+
+class Unsharded(Style):
+    """A module that every rank computes whole, among others that are sharded.
+
+    Args:
+        layout: How its input and output lie; it computes on the whole sequence in any case.
+
+    ===============  ===========  ============  ==============  ==============
+    layout           x, y         inside        forward         backward
+    ===============  ===========  ============  ==============  ==============
+    ``"replicate"``  (b, s, h)    (b, s, h)
+    ``"sequence"``   (b, s/t, h)  (b, s, h)     all-gather      all-gather
+    ===============  ===========  ============  ==============  ==============
+    """
+
+    def __init__(self, layout: Layout = "replicate") -> None:
+        self.layout = layout
+
+    def enter(self, this: Parallelized, x: Tensor) -> Tensor:
+        return gather_replicated(x, this.group, SEQUENCE_DIM) if self.layout == "sequence" else x
+
+    def leave(self, this: Parallelized, y: Any) -> Any:
+        return scatter(y, this.group) if self.layout == "sequence" else y
+
+    def collectives(self) -> tuple[str, str]:
+        return ("all-gather", "all-gather") if self.layout == "sequence" else ("", "")
+
+
+class ScatterInput(Style):
+    """The first block of a model whose embedding leaves the whole sequence: each rank takes its part of it.
+
+    ===========  ============  ==============  ==============
+    x            inside        forward         backward
+    ===========  ============  ==============  ==============
+    (b, s, h)    (b, s/t, h)                   all-gather
+    ===========  ============  ==============  ==============
+    """
+
+    def enter(self, this: Parallelized, x: Tensor) -> Tensor:
+        return scatter(x, this.group)
+
+    def collectives(self) -> tuple[str, str]:
+        return "", "all-gather"
+
+
+def join(first: tuple[str, str], second: tuple[str, str]) -> tuple[str, str]:
+    forward, backward = (" + ".join(filter(None, pair)) for pair in zip(first, second, strict=True))
+    return forward, backward

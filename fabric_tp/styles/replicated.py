@@ -15,6 +15,8 @@ class Replicated(Style):
     Args:
         layout: How its input and output lie. ``"sequence"``: each rank computes on its own part of the sequence, so
             the gradients of the parameters are partial sums. ``"replicate"``: all ranks compute the same.
+        partial_gradient: All ranks compute the same, but what follows is sharded, so that the gradients are partial
+            sums anyway: norms of single heads, routers, low-rank compressions.
 
     ==============  ===========  =============  ========
     layout          parameters   x, y           gradient
@@ -24,14 +26,15 @@ class Replicated(Style):
     ==============  ===========  =============  ========
     """
 
-    def __init__(self, layout: Layout = "replicate") -> None:
+    def __init__(self, layout: Layout = "replicate", *, partial_gradient: bool = False) -> None:
         self.layout = layout
+        self.partial_gradient = partial_gradient or layout == "sequence"
 
     def placements(self, module: nn.Module) -> Mapping[str, Placement]:
         return {name: Replicate() for name in own_parameters(module)}
 
     def partial(self, module: nn.Module) -> frozenset[str]:
-        return frozenset(own_parameters(module)) if self.layout == "sequence" else frozenset()
+        return frozenset(own_parameters(module)) if self.partial_gradient else frozenset()
 
     def collectives(self) -> tuple[str, str]:
-        return "", "(in the bucket)" if self.layout == "sequence" else ""
+        return "", "(in the bucket)" if self.partial_gradient else ""

@@ -14,12 +14,18 @@ from fabric_tp.styles.style import Layout, LocalModule, Parallelized, Style, own
 
 class _RowwiseLinear(LocalModule):
     def compute(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)  # type: ignore[arg-type]  # the bias is added once, after the reduction
+        """Without the bias, which is added once: after the reduction, or, if that happens elsewhere, by one rank."""
+        style, group = self.parallelized.style, self.parallelized.group
+        assert isinstance(style, Rowwise)
+        bias = self._parameters.get("bias") if style.output_layout is None else None
+        # Times zero on the other ranks, so that they have a gradient too: all must take part in the sum.
+        return F.linear(x, self.weight, None if bias is None else bias * (group.rank == 0))  # type: ignore[arg-type]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         y = super().forward(*args, **kwargs)
-        bias = self._parameters.get("bias")
-        if bias is None:
+        bias, style = self._parameters.get("bias"), self.parallelized.style
+        assert isinstance(style, Rowwise)
+        if bias is None or style.output_layout is None:
             return y
         return y + bias.to_local(grad_placements=self.parallelized.grad_placements["bias"])  # type: ignore[attr-defined]
 
@@ -29,9 +35,10 @@ class Rowwise(Style):
 
     Args:
         output_layout: ``"replicate"``: the whole output on every rank. ``"sequence"``: each rank its part of the
-            sequence.
+            sequence. ``None``: the output stays a partial sum, for a module around this one to sum.
 
-    The bias is added once, after the reduction; on parts of the sequence its gradient is a partial sum.
+    The bias is added once, after the reduction. Where each rank adds it to its part of the sequence, or one rank to its
+    partial sum, its gradient is a partial sum.
 
     ===========  ===============  ============  ==============  ===========
     x            weight           y             forward         backward
@@ -43,7 +50,7 @@ class Rowwise(Style):
 
     module_class = _RowwiseLinear
 
-    def __init__(self, *, output_layout: Layout = "replicate") -> None:
+    def __init__(self, *, output_layout: Layout | None = "replicate") -> None:
         self.output_layout = output_layout
 
     def validate(self, module: nn.Module) -> None:
@@ -56,10 +63,21 @@ class Rowwise(Style):
 
     def partial(self, module: nn.Module) -> frozenset[str]:
         has_bias = "bias" in own_parameters(module)
-        return frozenset({"bias"} if has_bias and self.output_layout == "sequence" else ())
+        return frozenset({"bias"} if has_bias and self.output_layout != "replicate" else ())
 
     def leave(self, this: Parallelized, y: Tensor) -> Tensor:
-        return reduce_scatter(y, this.group) if self.output_layout == "sequence" else reduce(y, this.group)
+        return leave_sharded(this, y, self.output_layout)
 
     def collectives(self) -> tuple[str, str]:
-        return ("reduce-scatter", "all-gather") if self.output_layout == "sequence" else ("all-reduce", "")
+        return leaving(self.output_layout)
+
+
+def leave_sharded(this: Parallelized, y: Tensor, layout: Layout | None) -> Tensor:
+    """The output of a sharded computation, of which each rank has a partial sum."""
+    if layout == "sequence":
+        return reduce_scatter(y, this.group)
+    return reduce(y, this.group) if layout == "replicate" else y
+
+
+def leaving(layout: Layout | None) -> tuple[str, str]:
+    return {None: ("", ""), "replicate": ("all-reduce", ""), "sequence": ("reduce-scatter", "all-gather")}[layout]

@@ -51,13 +51,18 @@ class LocalModule(nn.Module):
         args, kwargs = _replace_first(this.style.enter, this, args, kwargs)
         held = {name: p for name, p in self._parameters.items() if isinstance(p, DTensor)}
         for name, parameter in held.items():
-            self._parameters[name] = parameter.to_local(grad_placements=this.grad_placements[name])  # type: ignore
+            local: Any = parameter.to_local(grad_placements=this.grad_placements[name])  # type: ignore[union-attr]
+            self._parameters[name] = self.localize(name, local)  # type: ignore[assignment]
         try:
             output = self.compute(*args, **kwargs)
         finally:
             for name, parameter in held.items():
                 self._parameters[name] = parameter  # type: ignore[assignment]
         return this.style.leave(this, output)
+
+    def localize(self, name: str, local: Tensor) -> Tensor:
+        """What of a parameter, as this rank stores it, the forward is to see."""
+        return local
 
     def compute(self, *args: Any, **kwargs: Any) -> Any:
         return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -89,6 +94,11 @@ class Style(ParallelStyle):
     def partial(self, module: nn.Module) -> frozenset[str]:
         """Names of the replicated parameters whose gradient is a partial sum on each rank."""
         return frozenset()
+
+    def grad_placements(self, module: nn.Module, partial: frozenset[str]) -> dict[str, list[Placement]]:
+        """What each rank computes of the gradient of each parameter."""
+        places = self.placements(module).items()
+        return {name: [Partial() if name in partial else placement] for name, placement in places}
 
     def divided(self, module: nn.Module) -> Mapping[str, int]:
         """What the number of tensor-parallel ranks must divide, by a name for the error message."""
@@ -127,8 +137,7 @@ class Style(ParallelStyle):
         check_divisible(type(module).__name__, self.divided(module), group.size)
         this = Parallelized(self, device_mesh, group)
         this.partial = self.partial(module) if group.size > 1 else frozenset()
-        for name, placement in self.placements(module).items():
-            this.grad_placements[name] = [Partial() if name in this.partial else placement]
+        this.grad_placements = self.grad_placements(module, this.partial)
         self.shard(module, device_mesh)
         self.prepare(module, group)
         module.parallelized = this  # type: ignore[assignment]

@@ -1,0 +1,198 @@
+"""From what a model looks like to its plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from fabric_tp.architectures import Architecture, Attention, Block, Experts, FeedForward
+from fabric_tp.architectures.architecture import children, find_feed_forwards, has
+from fabric_tp.plan import Plan
+from fabric_tp.styles import (
+    AllHeadsNorm,
+    Colwise,
+    FusedColwise,
+    Heads,
+    Layout,
+    LMHead,
+    ParallelResidual,
+    PrepareInput,
+    PrepareInputOutput,
+    Replicated,
+    Rowwise,
+    ScatterInput,
+    ShardHeads,
+    SharedHeads,
+    Style,
+    Unsharded,
+    VocabParallelEmbedding,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    tensor_parallel_size: int
+    sequence_parallel: bool = True
+    loss_parallel: bool = True
+    replicate_attention: bool = False
+
+    @property
+    def layout(self) -> Layout:
+        """Of the activations between the sharded parts."""
+        return "sequence" if self.sequence_parallel else "replicate"
+
+
+def derive_plan(architecture: Architecture, model: nn.Module, options: Options) -> Plan:
+    """The plan for a model of this architecture.
+
+    Raises:
+        ValueError: The model lacks modules of the architecture.
+    """
+    if not architecture.matches(model):
+        raise ValueError(
+            f"The model is a {type(model).__name__} and not {architecture.description}. fabric_tp.auto() recognises the"
+            " architecture; fabric_tp.from_plan() takes a plan of yours for any other model."
+        )
+    if architecture.block is None:
+        assert architecture.feed_forward is not None
+        found = find_feed_forwards(architecture.feed_forward, model)
+        return {
+            _join(name, layer): style
+            for name in found
+            for layer, style in _feed_forward(architecture.feed_forward, model.get_submodule(name), "replicate").items()
+        }
+    measured = architecture.measures_embedding and options.sequence_parallel
+    plan: Plan = {
+        architecture.embedding: VocabParallelEmbedding(output_layout="replicate" if measured else options.layout)
+    }
+    blocks = children(model, architecture.blocks)
+    if measured:
+        plan[next(iter(blocks))] = ScatterInput()
+    plan |= _blocks(architecture.blocks, {name: _block(architecture.block, b, options) for name, b in blocks.items()})
+    plan[architecture.norm] = Replicated(options.layout)
+    plan[architecture.head] = LMHead(loss_parallel=options.loss_parallel, input_layout=options.layout)
+    return plan
+
+
+def _blocks(path: str, plans: dict[str, dict[str, Style]]) -> Plan:
+    """One pattern for all blocks if they are alike; otherwise each block by its name."""
+    first, *others = plans.values()
+    if all(repr(other) == repr(first) for other in others):
+        return {_join(f"{path}.*", name): style for name, style in first.items()}
+    return {_join(block, name): style for block, plan in plans.items() for name, style in plan.items()}
+
+
+def _block(block: Block, module: nn.Module, options: Options) -> dict[str, Style]:
+    layout = options.layout
+    plan: dict[str, Style] = {name: Replicated(layout) for name in block.norms if _has_parameters(module, name)}
+    norm = block.shared_norm(module) if block.shared_norm else None
+    shared = norm is not None and not options.replicate_attention
+    if shared:
+        assert norm is not None
+        plan[""] = ParallelResidual(norm, block.attention.name, block.feed_forward.name, layout=layout)
+    inner = None if shared else layout
+    attention = module.get_submodule(block.attention.name)
+    if options.replicate_attention:
+        parts: dict[str, Style] = _whole_attention(attention, layout)
+    else:
+        parts = _attention(block.attention, attention, inner, options.tensor_parallel_size)
+    plan |= {_join(block.attention.name, name): style for name, style in parts.items()}
+    experts = block.experts
+    if experts and has(module, f"{experts.name}.{experts.router}"):
+        parts = _experts(experts, block.feed_forward, module.get_submodule(experts.name), layout)
+        return plan | {_join(experts.name, name): style for name, style in parts.items()}
+    parts = _feed_forward(block.feed_forward, module.get_submodule(block.feed_forward.name), inner)
+    return plan | {_join(block.feed_forward.name, name): style for name, style in parts.items()}
+
+
+def _attention(attention: Attention, module: nn.Module, layout: Layout | None, size: int) -> dict[str, Style]:
+    counts = attention.counts(module)
+    heads = Heads(counts.query, counts.key_value)
+    shared = None if heads.splits_key_value(size) else heads
+    plan: dict[str, Style] = {
+        "": ShardHeads(
+            heads,
+            query_counts=_existing(module, attention.query_counts),
+            key_value_counts=_existing(module, attention.key_value_counts),
+            group_sizes=_existing(module, attention.group_sizes),
+            input_layout=layout,
+        )
+    }
+    for name in _present(module, attention.fused):
+        parts = attention.fused[name](module)
+        shared_parts = {part: shared for part in ("k", "v") if shared and part in parts}
+        plan[name] = FusedColwise(parts, shared=shared_parts, input_layout=None)
+    plan |= {name: Colwise(input_layout=None) for name in _present(module, attention.queries)}
+    for name in _present(module, attention.keys_values):
+        plan[name] = SharedHeads(shared, input_layout=None) if shared else Colwise(input_layout=None)
+    plan |= {name: _head_norm(module, name, counts.size, None) for name in _present(module, attention.query_norms)}
+    plan |= {name: _head_norm(module, name, counts.size, shared) for name in _present(module, attention.key_norms)}
+    plan |= {name: Replicated(partial_gradient=True) for name in _present(module, attention.whole)}
+    plan |= {name: Rowwise(output_layout=layout) for name in _present(module, attention.outputs)}
+    return plan
+
+
+def _head_norm(module: nn.Module, name: str, head_size: int, shared: Heads | None) -> Style:
+    """The norm of single heads has a weight of their size, that of all heads together a longer one."""
+    features = next(module.get_submodule(name).parameters()).numel()
+    return Replicated(partial_gradient=True) if features == head_size else AllHeadsNorm(features, shared=shared)
+
+
+def _whole_attention(module: nn.Module, layout: Layout) -> dict[str, Style]:
+    holders = {name: owner for name, owner in module.named_modules() if name and _owns_parameters(owner)}
+    return {"": Unsharded(layout), **{name: Replicated() for name in holders}}
+
+
+def _feed_forward(feed_forward: FeedForward, module: nn.Module, layout: Layout | None) -> dict[str, Style]:
+    plan: dict[str, Style] = {"": PrepareInput(layout)} if layout else {}
+    return plan | _hidden(feed_forward, module, layout)
+
+
+def _hidden(feed_forward: FeedForward, module: nn.Module, output_layout: Layout | None) -> dict[str, Style]:
+    plan: dict[str, Style] = {name: Colwise(input_layout=None) for name in _present(module, feed_forward.inputs)}
+    for name in _present(module, feed_forward.fused):
+        plan[name] = FusedColwise(feed_forward.fused[name](module), input_layout=None)
+    plan |= {name: Rowwise(output_layout=output_layout) for name in _present(module, feed_forward.outputs)}
+    return plan
+
+
+def _experts(experts: Experts, feed_forward: FeedForward, module: nn.Module, layout: Layout) -> dict[str, Style]:
+    """Every expert is split over all ranks: one gather before the router, one reduction of what all experts add up."""
+    plan: dict[str, Style] = {"": PrepareInputOutput(layout, layout)}
+    plan[experts.router] = Replicated(partial_gradient=True)
+    first = module.get_submodule(experts.experts).get_submodule("0")
+    plan |= {_join(f"{experts.experts}.*", name): style for name, style in _hidden(feed_forward, first, None).items()}
+    for shared in _present(module, experts.shared):
+        inner = _hidden(feed_forward, module.get_submodule(shared), None)
+        plan |= {_join(shared, name): style for name, style in inner.items()}
+    return plan
+
+
+def _join(*names: str) -> str:
+    return ".".join(filter(None, names))
+
+
+def _present(module: nn.Module, names: object) -> Iterator[str]:
+    return (name for name in names if has(module, name) and _has_parameters(module, name))  # type: ignore[attr-defined]
+
+
+def _has_parameters(module: nn.Module, name: str) -> bool:
+    """Where a model has no norm it may have an ``nn.Identity``, or one without parameters."""
+    return has(module, name) and any(True for _ in module.get_submodule(name).parameters())
+
+
+def _owns_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False))
+
+
+def _existing(module: nn.Module, paths: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(path for path in paths if _has_attribute(module, path))
+
+
+def _has_attribute(module: nn.Module, path: str) -> bool:
+    value: object = module
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return isinstance(value, int)

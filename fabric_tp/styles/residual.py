@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fabric_tp.styles.colwise import enter_sharded, entering
+from fabric_tp.styles.prepare import join
+from fabric_tp.styles.rowwise import leave_sharded, leaving
+from fabric_tp.styles.style import Layout, LocalModule, Style
+
+
+class _ParallelResidualBlock(LocalModule):
+    def compute(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        this = self.parallelized
+        assert isinstance(this.style, ParallelResidual)
+        normed = enter_sharded(this, self.get_submodule(this.style.norm)(x), this.style.layout)
+        attended = self.get_submodule(this.style.attention)(normed, *args, **kwargs)
+        return (
+            leave_sharded(this, attended + self.get_submodule(this.style.feed_forward)(normed), this.style.layout) + x
+        )
+
+
+class ParallelResidual(Style):
+    """A block that computes ``x + attention(norm(x)) + feed_forward(norm(x))``, with one norm (Falcon, Phi).
+
+    Attention and MLP share one gather and one reduction: half the communication of two.
+
+    Args:
+        norm: Name of the shared norm in the block.
+        attention: Name of the attention, which gets the other arguments of the block; its output is a partial sum.
+        feed_forward: Name of the MLP; its output is a partial sum.
+        layout: How input and output of the block lie.
+
+    ===============  ===========  =================  ==================  ==================
+    layout           x, y         inside             forward             backward
+    ===============  ===========  =================  ==================  ==================
+    ``"replicate"``  (b, s, h)    (b, s, h)          all-reduce          all-reduce
+    ``"sequence"``   (b, s/t, h)  (b, s, h)          all-gather,         reduce-scatter,
+                                                     reduce-scatter      all-gather
+    ===============  ===========  =================  ==================  ==================
+    """
+
+    module_class = _ParallelResidualBlock
+
+    def __init__(self, norm: str, attention: str, feed_forward: str, *, layout: Layout = "replicate") -> None:
+        self.norm, self.attention, self.feed_forward, self.layout = norm, attention, feed_forward, layout
+
+    def validate(self, module: nn.Module) -> None:
+        for name in (self.norm, self.attention, self.feed_forward):
+            module.get_submodule(name)
+
+    def collectives(self) -> tuple[str, str]:
+        return join(entering(self.layout), leaving(self.layout))

@@ -1,0 +1,237 @@
+"""Compares a parallelized model with the same model on one device."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fabric_tp.loss import cross_entropy
+from fabric_tp.shards import gather_shards
+from fabric_tp.styles.fused import fused_parameters
+from fabric_tp.testing.ranks import Ranks, mesh
+
+TOLERANCE = 2e-5
+"""Largest difference allowed in fp32, relative to the largest value of the tensor."""
+
+BuildModel = Callable[[], nn.Module]
+LossFn = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Differences from one device, each relative to the largest value of the tensor that differs."""
+
+    differences: dict[str, float]
+    tolerance: float = TOLERANCE
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        return max(self.differences.items(), key=lambda item: (item[1] != item[1], item[1]))  # nan is worst
+
+    @property
+    def equal(self) -> bool:
+        return all(difference <= self.tolerance for difference in self.differences.values())
+
+    def __str__(self) -> str:
+        name, difference = self.worst
+        verdict = "equal to one device" if self.equal else "NOT equal to one device"
+        return f"{verdict}: of {len(self.differences)} tensors the worst is {name}, {difference:.1e} off"
+
+
+def check_parity(
+    build_model: BuildModel,
+    parallelize_fn: Callable[[nn.Module, Any], nn.Module],
+    inputs: Any,
+    loss_fn: LossFn,
+    *,
+    tensor_parallel_size: int = 2,
+    data_parallel_size: int = 1,
+    steps: int = 3,
+    tolerance: float = TOLERANCE,
+) -> Report:
+    """Train a model for a few steps in parallel, on processes on the CPU that this starts, and on one device.
+
+    Compares the output, the loss, every gradient for a random gradient of the output and for the loss, the clipped
+    gradient norm, and the weights after ``steps`` steps of AdamW with clipping. Zero biases and norm weights of one
+    hide mistakes: let ``build_model`` give them other values.
+
+    Args:
+        build_model: Makes the model, small enough for the CPU, with the same values each time. A function of a module,
+            since processes import it.
+        parallelize_fn: What you give to ``ModelParallelStrategy``: ``fabric_tp.auto()``.
+        inputs: For the model: a tensor, a tuple of arguments, or a dict of keyword arguments, with the batch in the
+            first dimension of each tensor.
+        loss_fn: From the model's output and the inputs to a scalar, a mean over the batch, such as
+            :func:`next_token_loss`. It sees vocabulary-sharded logits; :func:`fabric_tp.cross_entropy` takes them.
+        tensor_parallel_size: Ranks that share the model.
+        data_parallel_size: Ranks that share the batch, which they must divide.
+        steps: Steps of the optimizer.
+        tolerance: The largest difference allowed, relative to the largest value of the tensor that differs.
+
+    Raises:
+        AssertionError: Something differs by more, or a rank failed.
+        ValueError: The model cannot be parallelized so.
+    """
+    check = getattr(parallelize_fn, "check", None)
+    if check is not None:
+        check(build_model(), tensor_parallel_size=tensor_parallel_size)
+    ranks = Ranks(data_parallel_size * tensor_parallel_size)
+    try:
+        arguments = (build_model, parallelize_fn, inputs, loss_fn, (data_parallel_size, tensor_parallel_size), steps)
+        report = Report(ranks(compare, *arguments), tolerance)
+    finally:
+        ranks.stop()
+    if not report.equal:
+        raise AssertionError(str(report))
+    return report
+
+
+def next_token_loss(output: Any, inputs: Any) -> Tensor:
+    """Cross-entropy of each position's logits with the next token; every fifth target is left out."""
+    logits = output if isinstance(output, Tensor) else output.logits
+    tokens = tree_leaves(inputs)[0]
+    targets = torch.cat((tokens[:, 1:], tokens[:, :1]), dim=1)
+    targets[:, ::5] = -100
+    return cross_entropy(logits, targets)
+
+
+def compare(
+    build_model: BuildModel,
+    parallelize_fn: Callable[[nn.Module, Any], nn.Module],
+    inputs: Any,
+    loss_fn: LossFn,
+    sizes: tuple[int, int],
+    steps: int,
+    break_model: Callable[[nn.Module], None] | None = None,
+) -> dict[str, float]:
+    """Relative differences by name, on every rank of a mesh of these (data-parallel, tensor-parallel) sizes."""
+    reference = build_model()
+    model = parallelize_fn(copy.deepcopy(reference), mesh(*sizes))
+    if break_model:
+        break_model(model)
+    differences = _random_output_gradient(reference, model, inputs, sizes)
+    for each in (reference, model):
+        each.zero_grad()
+    return differences | _train(reference, model, inputs, loss_fn, sizes, steps)
+
+
+def _call(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def _first_tensor(output: Any) -> Tensor:
+    """The logits, first of all that a model returns."""
+    logits = getattr(output, "logits", None)
+    return logits if logits is not None else next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+
+
+def _mine(inputs: Any, sizes: tuple[int, int]) -> Any:
+    """This data-parallel rank's rows."""
+    rank = mesh(*sizes).get_local_rank("data_parallel")
+    return tree_map(lambda leaf: leaf.chunk(sizes[0])[rank] if isinstance(leaf, Tensor) else leaf, inputs)
+
+
+def _random_output_gradient(
+    reference: nn.Module, model: nn.Module, inputs: Any, sizes: tuple[int, int]
+) -> dict[str, float]:
+    """Output, and gradients for a random gradient of it, which no symmetry of a loss can hide."""
+    expected = _first_tensor(_call(reference, inputs))
+    grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=expected.dtype)
+    (expected * grad).sum().backward()
+    output = _first_tensor(_call(model, _mine(inputs, sizes)))
+    expected, grad = _mine(expected, sizes), _mine(grad, sizes) * sizes[0]  # FSDP2 averages over the ranks
+    if isinstance(output, DTensor):
+        size, rank = output.device_mesh.size(), output.device_mesh.get_local_rank()
+        expected, grad = expected.chunk(size, -1)[rank], grad.chunk(size, -1)[rank]
+        output = output.to_local(grad_placements=[Shard(output.dim() - 1)])
+    (output * grad).sum().backward()
+    gradients = _gradients(reference, model).items()
+    return {
+        "output": _off(output, expected),
+        **{f"gradient of {name} for a random one": off for name, off in gradients},
+    }
+
+
+def _train(
+    reference: nn.Module, model: nn.Module, inputs: Any, loss_fn: LossFn, sizes: tuple[int, int], steps: int
+) -> dict[str, float]:
+    """Steps of two micro-batches each, of which only the second synchronises gradients; clipped to half the norm."""
+    mine = _mine(inputs, sizes)
+    differences: dict[str, float] = {}
+    optimizers: list[torch.optim.Optimizer] = []
+    for step in range(steps):
+        for last in (False, True):
+            expected = loss_fn(_call(reference, inputs), inputs) / 2
+            expected.backward()
+            if isinstance(model, FSDPModule):
+                model.set_requires_gradient_sync(last)
+            loss = loss_fn(_call(model, mine), mine) / 2
+            loss.backward()
+            mean = loss.detach().clone() / sizes[0]
+            dist.all_reduce(mean, group=mesh(*sizes).get_group("data_parallel"))
+            differences[f"loss of step {step}"] = _off(mean, expected)
+        if step == 0:
+            differences |= {f"gradient of {name}": off for name, off in _gradients(reference, model).items()}
+            max_norm = _norm(reference) / 2
+            optimizers = [_optimizer(each, _norm(reference)) for each in (reference, model)]
+        exact = _norm(reference, torch.float64)
+        rounding = abs(_norm(reference) - exact) / exact  # torch's sum of millions of squares in fp32
+        expected_norm, norm = (nn.utils.clip_grad_norm_(m.parameters(), max_norm) for m in (reference, model))
+        whole_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        differences[f"norm of step {step}"] = max(0.0, _off(whole_norm, expected_norm) - rounding)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    weights = dict(reference.named_parameters())
+    for name, weight in _whole(model, lambda parameter: parameter).items():
+        differences[f"{name} after {steps} steps"] = _off(weight, weights[name])
+    return differences
+
+
+def _norm(model: nn.Module, dtype: torch.dtype | None = None) -> float:
+    return float(nn.utils.get_total_norm([p.grad.to(dtype) for p in model.parameters() if p.grad is not None]))
+
+
+def _optimizer(model: nn.Module, norm: float) -> torch.optim.Optimizer:
+    """AdamW that does not magnify rounding, as dividing a tiny gradient by its own size would."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    root_mean_square = norm / sum(parameter.numel() for parameter in parameters) ** 0.5
+    return torch.optim.AdamW(parameters, lr=1e-3, eps=root_mean_square)
+
+
+def _gradients(reference: nn.Module, model: nn.Module) -> dict[str, float]:
+    expected = {name: parameter.grad for name, parameter in reference.named_parameters() if parameter.grad is not None}
+    gathered = _whole(model, lambda parameter: parameter.grad)
+    if gathered.keys() != expected.keys():
+        raise AssertionError(f"Only one of both has a gradient: {sorted(gathered.keys() ^ expected.keys())}")
+    return {name: _off(gathered[name], grad) for name, grad in expected.items()}
+
+
+def _whole(model: nn.Module, of: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
+    """Gathered tensors by the names of the unparallelized model."""
+    fused = fused_parameters(model)
+    parts: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if (tensor := of(parameter)) is not None:
+            if isinstance(tensor, DTensor) and tensor.placements != parameter.placements:  # type: ignore[attr-defined]
+                raise AssertionError(f"The gradient of {name} is left as {tensor.placements}.")
+            parts.setdefault(fused.get(name, name), []).append(gather_shards(tensor))
+    return {name: torch.cat(tensors) if len(tensors) > 1 else tensors[0] for name, tensors in parts.items()}
+
+
+def _off(value: Tensor, expected: Tensor) -> float:
+    if value.shape != expected.shape:
+        raise AssertionError(f"The shape is {tuple(value.shape)} and should be {tuple(expected.shape)}.")
+    scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
+    return ((value - expected).abs().max() / scale).item()

@@ -1,0 +1,86 @@
+"""Processes that stay, since starting them costs seconds each time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+TIMEOUT = 300
+
+
+class Ranks:
+    """Processes on the CPU: ``ranks(function, *args)`` runs it on each of them and returns what rank 0 returns.
+
+    Raises:
+        AssertionError: The function raised on some rank, whose traceback this shows; the processes are started anew.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._start()
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        store = os.path.join(tempfile.mkdtemp(), "store")
+        pipes = [context.Pipe() for _ in range(self.size)]
+        self._connections = [ours for ours, _ in pipes]
+        self._processes = [
+            context.Process(target=_serve, args=(rank, self.size, store, theirs), daemon=True)
+            for rank, (_, theirs) in enumerate(pipes)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        for connection in self._connections:
+            connection.send((function, args, kwargs))
+        answers = [c.recv() if c.poll(TIMEOUT) else (False, f"no answer in {TIMEOUT} s") for c in self._connections]
+        failures = [f"rank {rank}: {answer}" for rank, (fine, answer) in enumerate(answers) if not fine]
+        if failures:
+            self.stop()  # ranks may be left waiting in a collective
+            self._start()
+            raise AssertionError(f"{len(failures)} of {self.size} ranks failed\n{failures[0]}")
+        return answers[0][1]
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def _serve(rank: int, size: int, store: str, connection: Connection) -> None:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT / 2)
+    )
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            function, args, kwargs = connection.recv()
+            try:
+                connection.send((True, function(*args, **kwargs)))
+            except BaseException:
+                connection.send((False, traceback.format_exc()))
+
+
+_meshes: dict[tuple[int, int], DeviceMesh] = {}
+
+
+def mesh(data_parallel_size: int, tensor_parallel_size: int) -> DeviceMesh:
+    """Fabric's mesh, once for each shape, on a rank."""
+    shape = (data_parallel_size, tensor_parallel_size)
+    if shape not in _meshes:
+        _meshes[shape] = init_device_mesh("cpu", shape, mesh_dim_names=("data_parallel", "tensor_parallel"))
+    return _meshes[shape]
