@@ -17,6 +17,10 @@ from fabric_tp.styles import (
     Heads,
     Layout,
     LMHead,
+    LowRankColwise,
+    LowRankFused,
+    LowRankHead,
+    LowRankRowwise,
     ParallelResidual,
     PrepareInput,
     PrepareInputOutput,
@@ -29,6 +33,9 @@ from fabric_tp.styles import (
     Unsharded,
     VocabParallelEmbedding,
 )
+
+BASE = "linear"
+"""What an adapter calls the linear layer that it changes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +79,10 @@ def derive_plan(architecture: Architecture, model: nn.Module, options: Options) 
         plan[next(iter(blocks))] = ScatterInput()
     plan |= _blocks(architecture.blocks, {name: _block(architecture.block, b, options) for name, b in blocks.items()})
     plan[architecture.norm] = Replicated(options.layout)
-    plan[architecture.head] = LMHead(loss_parallel=options.loss_parallel, input_layout=options.layout)
+    head = LowRankHead if _adapted(model, architecture.head) else LMHead
+    plan |= _layer(
+        model, architecture.head, head(loss_parallel=options.loss_parallel, input_layout=options.layout), _COLWISE
+    )
     return plan
 
 
@@ -121,17 +131,38 @@ def _attention(attention: Attention, module: nn.Module, layout: Layout | None, s
         )
     }
     for name in _present(module, attention.fused):
-        parts = attention.fused[name](module)
-        shared_parts = {part: shared for part in ("k", "v") if shared and part in parts}
-        plan[name] = FusedColwise(parts, shared=shared_parts, input_layout=None)
-    plan |= {name: Colwise(input_layout=None) for name in _present(module, attention.queries)}
+        plan |= _fused_heads(attention, module, name, heads, shared)
+    plan |= _colwise(module, attention.queries)
     for name in _present(module, attention.keys_values):
-        plan[name] = SharedHeads(shared, input_layout=None) if shared else Colwise(input_layout=None)
+        plan[name] = SharedHeads(shared, input_layout=None) if shared else _COLWISE
     plan |= {name: _head_norm(module, name, counts.size, None) for name in _present(module, attention.query_norms)}
     plan |= {name: _head_norm(module, name, counts.size, shared) for name in _present(module, attention.key_norms)}
-    plan |= {name: Replicated(partial_gradient=True) for name in _present(module, attention.whole)}
-    plan |= {name: Rowwise(output_layout=layout) for name in _present(module, attention.outputs)}
-    return plan
+    for name in _present(module, attention.whole):
+        plan |= _whole(module, name, Replicated(partial_gradient=True))
+    return plan | _rowwise(module, attention.outputs, layout)
+
+
+def _fused_heads(
+    attention: Attention, module: nn.Module, name: str, heads: Heads, shared: Heads | None
+) -> dict[str, Style]:
+    parts = attention.fused[name](module)
+    sharing = {part: shared for part in ("k", "v") if shared and part in parts}
+    base = FusedColwise(parts, shared=sharing, input_layout=None)
+    if not _adapted(module, name):
+        return {name: base}
+    assert attention.adapted is not None
+    layer = module.get_submodule(name)
+    changed = attention.adapted.changed(layer)
+    adapter = LowRankFused(
+        base,
+        changed,
+        heads=heads,
+        query_counts=attention.adapted.query_counts,
+        key_value_counts=attention.adapted.key_value_counts,
+        row_counts=attention.adapted.row_counts if changed else (),
+        row_indices=attention.adapted.row_indices if changed else (),
+    )
+    return {name: adapter, _join(name, BASE): base}
 
 
 def _head_norm(module: nn.Module, name: str, head_size: int, shared: Heads | None) -> Style:
@@ -140,9 +171,17 @@ def _head_norm(module: nn.Module, name: str, head_size: int, shared: Heads | Non
     return Replicated(partial_gradient=True) if features == head_size else AllHeadsNorm(features, shared=shared)
 
 
+def _whole(module: nn.Module, name: str, style: Style) -> dict[str, Style]:
+    """A module that is whole on every rank, with all that it contains."""
+    holders = [path for path, owner in module.get_submodule(name).named_modules() if _owns_parameters(owner)]
+    return {_join(name, path): style for path in holders}
+
+
 def _whole_attention(module: nn.Module, layout: Layout) -> dict[str, Style]:
-    holders = {name: owner for name, owner in module.named_modules() if name and _owns_parameters(owner)}
-    return {"": Unsharded(layout), **{name: Replicated() for name in holders}}
+    plan: dict[str, Style] = {"": Unsharded(layout)}
+    for name, _ in module.named_children():
+        plan |= _whole(module, name, Replicated())
+    return plan
 
 
 def _feed_forward(feed_forward: FeedForward, module: nn.Module, layout: Layout | None) -> dict[str, Style]:
@@ -151,17 +190,44 @@ def _feed_forward(feed_forward: FeedForward, module: nn.Module, layout: Layout |
 
 
 def _hidden(feed_forward: FeedForward, module: nn.Module, output_layout: Layout | None) -> dict[str, Style]:
-    plan: dict[str, Style] = {name: Colwise(input_layout=None) for name in _present(module, feed_forward.inputs)}
+    plan = _colwise(module, feed_forward.inputs)
     for name in _present(module, feed_forward.fused):
         plan[name] = FusedColwise(feed_forward.fused[name](module), input_layout=None)
-    plan |= {name: Rowwise(output_layout=output_layout) for name in _present(module, feed_forward.outputs)}
+    return plan | _rowwise(module, feed_forward.outputs, output_layout)
+
+
+_COLWISE = Colwise(input_layout=None)
+
+
+def _colwise(module: nn.Module, names: tuple[str, ...]) -> dict[str, Style]:
+    plan: dict[str, Style] = {}
+    for name in _present(module, names):
+        style = LowRankColwise(input_layout=None) if _adapted(module, name) else _COLWISE
+        plan |= _layer(module, name, style, _COLWISE)
     return plan
+
+
+def _rowwise(module: nn.Module, names: tuple[str, ...], layout: Layout | None) -> dict[str, Style]:
+    plan: dict[str, Style] = {}
+    for name in _present(module, names):
+        style = LowRankRowwise if _adapted(module, name) else Rowwise
+        plan |= _layer(module, name, style(output_layout=layout), Rowwise(output_layout=None))
+    return plan
+
+
+def _layer(module: nn.Module, name: str, style: Style, base: Style) -> dict[str, Style]:
+    """A linear layer, or an adapter with the linear layer in it."""
+    return {name: style, _join(name, BASE): base} if _adapted(module, name) else {name: style}
+
+
+def _adapted(module: nn.Module, name: str) -> bool:
+    return has(module, _join(name, BASE))
 
 
 def _experts(experts: Experts, feed_forward: FeedForward, module: nn.Module, layout: Layout) -> dict[str, Style]:
     """Every expert is split over all ranks: one gather before the router, one reduction of what all experts add up."""
     plan: dict[str, Style] = {"": PrepareInputOutput(layout, layout)}
-    plan[experts.router] = Replicated(partial_gradient=True)
+    plan |= _whole(module, experts.router, Replicated(partial_gradient=True))
     first = module.get_submodule(experts.experts).get_submodule("0")
     plan |= {_join(f"{experts.experts}.*", name): style for name, style in _hidden(feed_forward, first, None).items()}
     for shared in _present(module, experts.shared):

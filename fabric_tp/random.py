@@ -12,8 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fabric_tp.plan import tie, tied_parameters
 from fabric_tp.shards import copy_shard
-from fabric_tp.styles.fused import FusedColwise
-from fabric_tp.styles.style import LocalModule
+from fabric_tp.styles.fused import FusedModule
 
 
 def initialize(model: nn.Module, device: torch.device, seed: int) -> None:
@@ -70,12 +69,11 @@ def _pending(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, list[
     for name, module in model.named_modules():
         if module in parts:
             continue
-        if isinstance(module, LocalModule) and isinstance(style := module.parallelized.style, FusedColwise):
-            children = [module.get_submodule(part) for part in style.parts]
-            parts.update(children)
-            stored = {own: [(child, own) for child in children] for own in style.fused_names(module)}
-        else:
-            stored = {own: [(module, own)] for own, p in module._parameters.items() if p is not None}
+        stored = {own: [(module, own)] for own, parameter in module._parameters.items() if parameter is not None}
+        if isinstance(module, FusedModule):
+            holders = [module.get_submodule(part.rpartition(".")[0]) for part in module.part_names("")]
+            parts.update(holders)
+            stored |= {own: [(holder, own) for holder in holders] for own in module.fused_names()}
         wanted = {own: places for own, places in stored.items() if any(m.get_parameter(n).is_meta for m, n in places)}
         if wanted or any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             yield name, module, wanted

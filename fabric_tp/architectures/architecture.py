@@ -18,6 +18,20 @@ class HeadCounts:
 
 
 @dataclass(frozen=True)
+class AdaptedHeads:
+    """A low-rank adapter around a fused layer to the heads. Attributes are its own."""
+
+    changed: Callable[[nn.Module], tuple[str, ...]]
+    """From the adapter to the parts that it changes: some of "q", "k" and "v"."""
+    query_counts: tuple[str, ...] = ()
+    key_value_counts: tuple[str, ...] = ()
+    row_counts: tuple[str, ...] = ()
+    """Attributes that list the rows of each part that it changes."""
+    row_indices: tuple[str, ...] = ()
+    """Buffers with the indices of the output features that it changes."""
+
+
+@dataclass(frozen=True)
 class Attention:
     """The attention module of a block. Names are paths from it; those that a model lacks are skipped."""
 
@@ -32,6 +46,8 @@ class Attention:
     """Linear layers whose output features are those of the key and value heads."""
     fused: Mapping[str, Parts] = field(default_factory=dict)
     """Linear layers to the heads of "q", "k" and "v", one after the other."""
+    adapted: AdaptedHeads | None = None
+    """What a low-rank adapter around a fused layer looks like."""
     query_norms: tuple[str, ...] = ()
     key_norms: tuple[str, ...] = ()
     """Norms of each head, or of all heads together; their weights tell which."""

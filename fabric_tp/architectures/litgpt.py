@@ -5,7 +5,15 @@ from typing import Any
 
 from torch import nn
 
-from fabric_tp.architectures.architecture import Architecture, Attention, Block, Experts, FeedForward, HeadCounts
+from fabric_tp.architectures.architecture import (
+    AdaptedHeads,
+    Architecture,
+    Attention,
+    Block,
+    Experts,
+    FeedForward,
+    HeadCounts,
+)
 
 
 def _counts(attention: nn.Module) -> HeadCounts:
@@ -19,6 +27,11 @@ def _qkv(attention: nn.Module) -> Mapping[str, int]:
     return {"q": config.n_head * config.head_size, "k": keys, "v": keys}
 
 
+def _changed(adapter: nn.Module) -> tuple[str, ...]:
+    module: Any = adapter
+    return tuple(part for part, enabled in zip("qkv", module.enable_lora, strict=True) if enabled and module.r > 0)
+
+
 def _shared_norm(block: nn.Module) -> str | None:
     config: Any = block.config
     return "norm_1" if config.parallel_residual and config.shared_attention_norm else None
@@ -26,7 +39,7 @@ def _shared_norm(block: nn.Module) -> str | None:
 
 LITGPT = Architecture(
     name="litgpt",
-    description="litgpt.GPT",
+    description="litgpt.GPT or litgpt.lora.GPT",
     embedding="transformer.wte",
     blocks="transformer.h",
     block=Block(
@@ -35,6 +48,13 @@ LITGPT = Architecture(
             name="attn",
             counts=_counts,
             fused={"qkv": _qkv},
+            adapted=AdaptedHeads(
+                changed=_changed,
+                query_counts=("n_head",),
+                key_value_counts=("n_query_groups",),
+                row_counts=("qkv_shapes",),
+                row_indices=("_lora_ind",),
+            ),
             queries=("q_b_proj",),
             keys_values=("kv_b_proj",),
             outputs=("proj",),

@@ -6,6 +6,7 @@ from fabric_tp.styles.fused import FusedColwise
 from fabric_tp.styles.head import LMHead
 from fabric_tp.styles.head_norm import AllHeadsNorm
 from fabric_tp.styles.heads import Heads, ShardHeads, SharedHeads
+from fabric_tp.styles.low_rank import LowRankColwise, LowRankFused, LowRankHead, LowRankRowwise
 from fabric_tp.styles.prepare import PrepareInput, PrepareInputOutput, ScatterInput, Unsharded
 from fabric_tp.styles.replicated import Replicated
 from fabric_tp.styles.residual import ParallelResidual
@@ -19,6 +20,10 @@ __all__ = [
     "Heads",
     "LMHead",
     "Layout",
+    "LowRankColwise",
+    "LowRankFused",
+    "LowRankHead",
+    "LowRankRowwise",
     "ParallelResidual",
     "PrepareInput",
     "PrepareInputOutput",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -9,21 +10,28 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
+from fabric_tp.styles.collectives import Group
 from fabric_tp.styles.colwise import Colwise
 from fabric_tp.styles.heads import Heads
-from fabric_tp.styles.style import Layout, LocalModule, distribute_parameter, own_parameters
+from fabric_tp.styles.style import Layout, LocalModule, Parallelized, distribute_parameter, own_parameters
 
 
-class _FusedLinear(LocalModule):
-    """Holds its parts as children; the parts' local rows, put together, make one matrix product."""
+class FusedModule(LocalModule):
+    """Holds the parts of some of its parameters as children, which have the name of the part."""
 
-    def compute(self, x: Tensor) -> Tensor:
+    def fused_names(self) -> list[str]:
+        """Names of the parameters that are held in parts, as the unparallelized module has them."""
         style = self.parallelized.style
         assert isinstance(style, FusedColwise)
-        whole = {name: torch.cat(list(self._local_parts(name))) for name in style.fused_names(self)}
-        return F.linear(x, whole["weight"], whole.get("bias"))
+        return [name for name, _ in self.get_submodule(next(iter(style.parts))).named_parameters(recurse=False)]
 
-    def _local_parts(self, name: str) -> Iterator[Tensor]:
+    def part_names(self, name: str) -> list[str]:
+        style = self.parallelized.style
+        assert isinstance(style, FusedColwise)
+        return [f"{part}.{name}" for part in style.parts]
+
+    def local_parts(self, name: str) -> Iterator[Tensor]:
+        """What this rank computes with of each part."""
         this = self.parallelized
         assert isinstance(this.style, FusedColwise)
         for part in this.style.parts:
@@ -32,6 +40,14 @@ class _FusedLinear(LocalModule):
             local = parameter.to_local(grad_placements=this.grad_placements[f"{part}.{name}"])
             heads = this.style.shared.get(part)
             yield heads.select(local, this.group) if heads else local
+
+
+class _FusedLinear(FusedModule):
+    """The parts' local rows, put together, make one matrix product."""
+
+    def compute(self, x: Tensor) -> Tensor:
+        whole = {name: torch.cat(list(self.local_parts(name))) for name in self.fused_names()}
+        return F.linear(x, whole["weight"], whole.get("bias"))
 
 
 class FusedColwise(Colwise):
@@ -48,7 +64,7 @@ class FusedColwise(Colwise):
         input_layout: As in :class:`Colwise`.
     """
 
-    module_class = _FusedLinear
+    module_class: ClassVar[type[LocalModule]] = _FusedLinear
 
     def __init__(
         self,
@@ -61,10 +77,8 @@ class FusedColwise(Colwise):
         self.parts = dict(parts)
         self.shared = dict(shared or {})
 
-    def fused_names(self, module: nn.Module) -> list[str]:
-        """Names of the parameters as the unparallelized layer has them."""
-        if isinstance(module, _FusedLinear):
-            return [name for name, _ in module.get_submodule(next(iter(self.parts))).named_parameters(recurse=False)]
+    def fused(self, module: nn.Module) -> list[str]:
+        """Names of the module's own parameters that are to be held in parts."""
         return list(own_parameters(module))
 
     def validate(self, module: nn.Module) -> None:
@@ -83,17 +97,32 @@ class FusedColwise(Colwise):
     def part_placement(self, part: str) -> Placement:
         return Replicate() if part in self.shared else Shard(0)
 
+    def local_rows(self, group: Group) -> dict[str, int]:
+        """Rows of each part that a rank computes."""
+        rows = {part: whole // group.size for part, whole in self.parts.items()}
+        for part, heads in self.shared.items():
+            rows[part] = self.parts[part] // heads.key_value * heads.local_key_value(group.size)
+        return rows
+
     def partial(self, module: nn.Module) -> frozenset[str]:
-        return frozenset(f"{part}.{name}" for part in self.shared for name in own_parameters(module))
+        return frozenset(f"{part}.{name}" for part in self.shared for name in self.fused(module))
 
     def grad_placements(self, module: nn.Module, partial: frozenset[str]) -> dict[str, list[Placement]]:
-        names = [(part, f"{part}.{name}") for part in self.parts for name in own_parameters(module)]
-        return {name: [Partial() if name in partial else self.part_placement(part)] for part, name in names}
+        whole = [name for name in self.placements(module) if name not in self.fused(module)]
+        places: dict[str, Placement] = {name: self.placements(module)[name] for name in whole}
+        places |= {f"{part}.{name}": self.part_placement(part) for part in self.parts for name in self.fused(module)}
+        return {name: [Partial() if name in partial else placement] for name, placement in places.items()}
+
+    def prepare(self, module: nn.Module, this: Parallelized) -> None:
+        module.out_features = sum(self.local_rows(this.group).values())  # type: ignore[assignment]
 
     def shard(self, module: nn.Module, mesh: DeviceMesh) -> None:
+        fused = self.fused(module)
+        if not fused:
+            return
         for part in self.parts:
             module.register_module(part, nn.Module())
-        for name in list(own_parameters(module)):
+        for name in fused:
             whole = module.get_parameter(name)
             for part, rows in zip(self.parts, whole.detach().split(list(self.parts.values())), strict=True):
                 parameter = nn.Parameter(rows, requires_grad=whole.requires_grad)
@@ -106,9 +135,9 @@ class FusedColwise(Colwise):
 def fused_parameters(model: nn.Module) -> dict[str, str]:
     """Name of each part of a fused parameter, with the name of the whole; parts in their order."""
     return {
-        f"{name}.{part}.{own}": f"{name}.{own}"
-        for name, module in model.named_modules()
-        if isinstance(module, LocalModule) and isinstance(style := module.parallelized.style, FusedColwise)
-        for own in style.fused_names(module)
-        for part in style.parts
+        f"{path}.{part}": f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, FusedModule)
+        for name in module.fused_names()
+        for part in module.part_names(name)
     }

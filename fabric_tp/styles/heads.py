@@ -16,7 +16,7 @@ from torch.distributed.tensor.placement_types import Placement
 from fabric_tp.styles.collectives import Group
 from fabric_tp.styles.colwise import Colwise
 from fabric_tp.styles.prepare import PrepareInput
-from fabric_tp.styles.style import Layout, LocalModule, own_parameters
+from fabric_tp.styles.style import Layout, LocalModule, Parallelized, own_parameters
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,11 @@ class ShardHeads(PrepareInput):
     def divided(self, module: nn.Module) -> Mapping[str, int]:
         return {"query heads": self.heads.query}
 
-    def prepare(self, module: nn.Module, group: Group) -> None:
-        local = dict.fromkeys(self.query_counts, self.heads.local_query(group.size))
-        local |= dict.fromkeys(self.key_value_counts, self.heads.local_key_value(group.size))
-        local |= dict.fromkeys(self.group_sizes, self.heads.group_size(group.size))
+    def prepare(self, module: nn.Module, this: Parallelized) -> None:
+        size = this.group.size
+        local = dict.fromkeys(self.query_counts, self.heads.local_query(size))
+        local |= dict.fromkeys(self.key_value_counts, self.heads.local_key_value(size))
+        local |= dict.fromkeys(self.group_sizes, self.heads.group_size(size))
         set_attributes(module, local)
 
 

@@ -100,7 +100,6 @@ def _partial_parameters(model: nn.Module) -> list[tuple[nn.Module, str]]:
         for module in model.modules()
         if isinstance(module, LocalModule)
         for name in sorted(module.parallelized.partial)
-        if module.get_parameter(name).requires_grad
     ]
 
 

@@ -128,7 +128,7 @@ class Style(ParallelStyle):
             if not isinstance(parameter, DTensor):
                 module.register_parameter(name, distribute_parameter(parameter, placement, mesh))
 
-    def prepare(self, module: nn.Module, group: Group) -> None:
+    def prepare(self, module: nn.Module, this: Parallelized) -> None:
         """Change what the module itself holds, other than its parameters, for one rank."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -139,7 +139,7 @@ class Style(ParallelStyle):
         this.partial = self.partial(module) if group.size > 1 else frozenset()
         this.grad_placements = self.grad_placements(module, this.partial)
         self.shard(module, device_mesh)
-        self.prepare(module, group)
+        self.prepare(module, this)
         module.parallelized = this  # type: ignore[assignment]
         module.__class__ = mixed(self.module_class, type(module))
         return module
