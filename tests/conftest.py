@@ -4,17 +4,17 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.pool import Pool
+from fabric_tp.testing.ranks import Ranks
 
 
 @pytest.fixture(scope="session")
-def pool() -> Iterator[Callable[[int], Pool]]:
+def pool() -> Iterator[Callable[[int], Ranks]]:
     """The pool of so many ranks: ``pool(2)(function, *args)``."""
-    pools: dict[int, Pool] = {}
+    pools: dict[int, Ranks] = {}
 
-    def get(size: int) -> Pool:
+    def get(size: int) -> Ranks:
         if size not in pools:
-            pools[size] = Pool(size)
+            pools[size] = Ranks(size)
         return pools[size]
 
     yield get

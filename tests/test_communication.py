@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fabric_tp
+from fabric_tp.testing.ranks import mesh
 from tests.models import LENGTH, VOCABULARY, litgpt_config
-from tests.pool import mesh
 
 Counts = dict[str, int]
 

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import fabric_tp
+from fabric_tp.testing.ranks import mesh
 from tests.models import VOCABULARY, build
-from tests.pool import mesh
 
 PROMPT, NEW = 7, 9
 MESHES = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2)]

@@ -17,8 +17,8 @@ from torch.distributed.tensor.parallel import loss_parallel
 import fabric_tp
 from fabric_tp import _torch
 from fabric_tp.shards import gather_shards
+from fabric_tp.testing.ranks import mesh
 from tests.models import LENGTH, VOCABULARY, build
-from tests.pool import mesh
 
 TOLERANCE = 1e-10
 """Of fp64."""

@@ -8,7 +8,8 @@ from torch import nn
 
 from fabric_tp.styles import FusedColwise
 from fabric_tp.styles.style import LocalModule
-from tests.parity import TOLERANCE, assert_parity, differences
+from fabric_tp.testing.parity import TOLERANCE
+from tests.parity import assert_parity, differences
 
 FACTORIES = {
     "Llama-3-8B": "litgpt",

@@ -21,10 +21,10 @@ from torch.utils._pytree import tree_leaves
 import fabric_tp
 from fabric_tp.parallelize import recognise
 from fabric_tp.shards import gather_shards
-from fabric_tp.styles import Colwise, LMHead, PrepareInput, Replicated, Rowwise, VocabParallelEmbedding
+from fabric_tp.styles import Colwise, LMHead, PrepareInput, Replicated, Rowwise, SharedHeads, VocabParallelEmbedding
+from fabric_tp.testing.parity import TOLERANCE, _gradients
+from fabric_tp.testing.ranks import mesh
 from tests.models import LENGTH, VOCABULARY, FeedForward, Llama, build, litgpt_config
-from tests.parity import TOLERANCE, _gradients
-from tests.pool import mesh
 
 Sizes = tuple[int, int]
 
@@ -195,18 +195,20 @@ def assert_refused(*messages: str, model: nn.Module, size: int, parallelize: fab
 
 
 def test_heads_not_divisible() -> None:
-    messages = ("tensor_parallel_size=3", "config.n_head=8", "transformer.h.0.attn", "are 1, 2, 4.")
+    messages = ("tensor_parallel_size=3", "query heads=8", "transformer.h.0.attn", "are 1, 2, 4, 8.")
     assert_refused(*messages, model=build("Llama-3-8B"), size=3, parallelize=fabric_tp.litgpt())
 
 
-def test_kv_heads_not_divisible() -> None:
-    messages = ("tensor_parallel_size=8", "config.n_query_groups=4", "transformer.h.0.attn", "are 1, 2, 4.")
-    assert_refused(*messages, model=build("Llama-3-8B"), size=8, parallelize=fabric_tp.litgpt())
-
-
 def test_heads_in_metas_names_not_divisible() -> None:
-    messages = ("tensor_parallel_size=8", "n_kv_heads=4", "layers.0.attention", "are 1, 2, 4.")
-    assert_refused(*messages, model=build("llama"), size=8, parallelize=fabric_tp.llama())
+    messages = ("tensor_parallel_size=16", "query heads=8", "layers.0.attention", "are 1, 2, 4, 8.")
+    assert_refused(*messages, model=build("llama"), size=16, parallelize=fabric_tp.llama())
+
+
+def test_key_and_value_heads_are_shared_by_more_ranks() -> None:
+    """They are never a reason to refuse: each rank uses its part of the whole projections."""
+    plan = fabric_tp.llama().plan(build("llama"), tensor_parallel_size=8)
+    names = [f"layers.*.attention.w{name}" for name in "qkv"]
+    assert [type(plan[name]) for name in names] == [Colwise, SharedHeads, SharedHeads]
 
 
 def test_width_not_divisible() -> None:

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 import fabric_tp
 from fabric_tp.shards import gather_shards
 from fabric_tp.styles import Colwise, Replicated
+from fabric_tp.testing.ranks import mesh
 from tests.models import litgpt_config
-from tests.pool import mesh
 
 MESHES = [(1, 2), (2, 1), (1, 4), (2, 2), (4, 1)]
 

@@ -11,7 +11,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from fabric_tp.shards import copy_shard, gather_shards
 from fabric_tp.styles.style import distribute_parameter
-from tests.pool import mesh
+from fabric_tp.testing.ranks import mesh
 
 MESHES = [(1, 2), (2, 2), (4, 1)]
 PLACEMENTS = [Shard(0), Shard(1), Replicate()]

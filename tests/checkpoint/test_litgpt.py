@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 import fabric_tp
 from fabric_tp.shards import gather_shards
+from fabric_tp.testing.ranks import mesh
 from tests.models import build, litgpt_config
-from tests.pool import mesh
 
 NAMES = ["Llama-3-8B", "pythia-14m"]
 MESHES = [(1, 1), (1, 2), (2, 1), (1, 4), (2, 2)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fabric_tp.styles import collectives
 from fabric_tp.styles.collectives import Group
-from tests.pool import mesh
+from fabric_tp.testing.ranks import mesh
 
 Reference = Callable[[Sequence[Tensor], int, int], Tensor]
 """From all ranks' tensors, this rank and the dim to this rank's tensor."""

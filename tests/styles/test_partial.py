@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor
 import fabric_tp
 from fabric_tp.shards import gather_shards
 from fabric_tp.styles.style import LocalModule
+from fabric_tp.testing.parity import TOLERANCE
+from fabric_tp.testing.ranks import mesh
 from tests.models import LENGTH, VOCABULARY, build
-from tests.parity import TOLERANCE
-from tests.pool import mesh
 
 Sizes = tuple[int, int]
 SIZES = [(1, 2), (2, 2)]
