@@ -1,0 +1,264 @@
+"""What the recipe can be asked for, and whether it works.
+
+Every mistake is a ValueError that says what was given and what would do. All but those about the content of the data
+are found before any process meets another.
+"""
+
+import difflib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from data import TextFiles, vocabulary_size
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from litgpt import Config, Tokenizer
+from litgpt.config import name_to_config
+from litgpt.data import DataModule
+from torch.utils.data import DataLoader, IterableDataset
+
+TINY_LLAMA_3: dict[str, Any] = {
+    "name": "tiny-llama-3",
+    "block_size": 1024,
+    "vocab_size": 1024,
+    "padding_multiple": 64,
+    "n_layer": 4,
+    "n_embd": 128,
+    "n_head": 8,
+    "n_query_groups": 4,
+    "rotary_percentage": 1.0,
+    "parallel_residual": False,
+    "bias": False,
+    "norm_class_name": "RMSNorm",
+    "mlp_class_name": "LLaMAMLP",
+    "intermediate_size": 384,
+    "rope_base": 500000,
+    "rope_adjustments": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 512},
+}
+
+
+AT_LEAST_ONE = (
+    *("data_parallel_size", "tensor_parallel_size", "global_batch_size", "micro_batch_size", "max_seq_length"),
+    *("max_steps", "log_interval", "eval_interval", "eval_steps", "save_interval"),
+)
+
+
+@dataclass(kw_only=True)
+class Args:
+    """Train a Llama-3-style model, or any other of litgpt's, with tensor parallelism."""
+
+    model_name: str = "tiny-llama-3"
+    """"tiny-llama-3" or one of litgpt's names, such as Llama-3.2-1B."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Changes to that model's litgpt.Config, for example --model.n_layer 2."""
+    initial_checkpoint_dir: Path | None = None
+    """Start from the weights of this litgpt checkpoint. Its model and tokenizer replace --model_name and
+    --tokenizer_dir."""
+    tokenizer_dir: Path | None = None
+    """A litgpt checkpoint directory with a tokenizer. Without one the default data trains its own."""
+    data: DataModule = field(default_factory=TextFiles)
+    """The default data module (--data.help data.TextFiles explains it) or one of litgpt's, such as litgpt.data.JSON."""
+    out_dir: Path = Path("out/tiny-llama-3")
+    """For logs, checkpoints and the final model. What an earlier run left there is moved to OUT_DIR/previous-1, ..."""
+    resume: bool | Literal["auto"] | Path = False
+    """"auto" continues from the newest checkpoint in out_dir if there is one, true insists on one, and a path names
+    it. The number of processes may be another one than before."""
+
+    tensor_parallel_size: int | None = None
+    """How many processes split each layer. By default all of them, or what data_parallel_size leaves."""
+    data_parallel_size: int | None = None
+    """How many groups of such processes split the batch and, by FSDP2, the parameters."""
+    sequence_parallel: bool = True
+    """Split norms and residuals over the sequence: less memory for the same communication."""
+    loss_parallel: bool = True
+    """Keep the logits split over the vocabulary."""
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """Compute activations again in the backward: none of them, all, or all but the expensive ones."""
+    compile: bool = False
+    """Compile each block of the model."""
+    mixed_precision: Literal["bf16-mixed"] | None = None
+    """"bf16-mixed" computes in bf16 and keeps parameters and gradients in fp32."""
+
+    max_steps: int = 300
+    """How many optimizer steps to train, counted from the very beginning."""
+    global_batch_size: int = 16
+    """Samples per step, over all processes."""
+    global_batch_tokens: int | None = None
+    """The same in tokens, a multiple of max_seq_length; replaces global_batch_size."""
+    micro_batch_size: int | None = None
+    """Samples that a data-parallel rank computes at once, accumulating gradients. By default its whole share."""
+    max_seq_length: int = 256
+    """Tokens per sample."""
+    lr: float = 0.01
+    """Highest learning rate of AdamW, reached after the warm-up."""
+    min_lr: float = 0.0005
+    """Learning rate at the end, reached along a cosine."""
+    warmup_steps: int = 30
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.1
+    """Of matrices and embeddings; norms and biases have none."""
+    beta1: float = 0.9
+    """Decay of AdamW's mean of gradients."""
+    beta2: float = 0.95
+    """Decay of AdamW's mean of squared gradients."""
+    max_norm: float = 1.0
+    """Scale gradients down to this norm."""
+    z_loss: float = 0.0
+    """Weight of the squared logarithm of the softmax denominator. If used, the logged training loss includes it."""
+    seed: int = 42
+    """Decides parameters, order of the data and sample, the same on any number of processes."""
+
+    logger_name: Literal["csv", "tensorboard", "wandb"] = "csv"
+    """Where each step's figures go."""
+    log_interval: int = 20
+    """Print a line every so many steps."""
+    eval_interval: int = 100
+    """Validate every so many steps, and before the first and after the last."""
+    eval_steps: int = 4
+    """How many global batches of the validation data to use, always the same ones."""
+    save_interval: int = 100
+    """Save a checkpoint every so many steps."""
+    sample_prompt: str = "def "
+    """Text that the model continues in the end."""
+    sample_tokens: int = 64
+    """By how many tokens, at most."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What `Args` leaves open, decided."""
+
+    data_parallel: int
+    tensor_parallel: int
+    global_batch: int
+    micro_batch: int
+
+    @property
+    def accumulate(self) -> int:
+        return self.global_batch // (self.data_parallel * self.micro_batch)
+
+
+def launched_as(args: Args) -> tuple[dict[str, Any], int]:
+    """The arguments that Fabric needs under this launcher, and the number of all processes."""
+    env = os.environ
+    if env.get("LT_CLI_USED") == "1":  # `fabric run` started the processes and forbids the arguments in code
+        return {}, int(env.get("WORLD_SIZE", 1))
+    accelerator = "cuda" if torch.cuda.is_available() else "cpu"  # CUDA_VISIBLE_DEVICES="" hides GPUs
+    if TorchElasticEnvironment.detect():
+        processes, nodes = int(env["WORLD_SIZE"]), int(env["WORLD_SIZE"]) // int(env["LOCAL_WORLD_SIZE"])
+    elif SLURMEnvironment.detect():
+        processes, nodes = int(env["SLURM_NTASKS"]), int(env.get("SLURM_NNODES", 1))
+    else:  # plain python: Fabric starts as many processes as are asked for, or one for each GPU
+        wanted = (args.tensor_parallel_size or 1) * (args.data_parallel_size or 1)
+        visible = torch.cuda.device_count()
+        both_given = args.tensor_parallel_size is not None and args.data_parallel_size is not None
+        processes, nodes = (wanted if both_given else max(visible, wanted)), 1
+        if visible and processes > visible:
+            raise ValueError(
+                f"tensor_parallel_size={args.tensor_parallel_size} and data_parallel_size={args.data_parallel_size}"
+                f" need {processes} GPUs, but {visible} are visible."
+            )
+    return {"accelerator": accelerator, "devices": processes // nodes, "num_nodes": nodes}, processes
+
+
+def decide_sizes(args: Args, processes: int) -> Sizes:
+    for name in AT_LEAST_ONE:
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
+    tensor_parallel = args.tensor_parallel_size or max(1, processes // (args.data_parallel_size or 1))
+    data_parallel = args.data_parallel_size or max(1, processes // tensor_parallel)
+    if data_parallel * tensor_parallel != processes:
+        works = ", ".join(f"{processes // n} x {n}" for n in range(1, processes + 1) if processes % n == 0)
+        raise ValueError(
+            f"data_parallel_size x tensor_parallel_size = {data_parallel} x {tensor_parallel} ="
+            f" {data_parallel * tensor_parallel}, but there are {processes} processes. These work: {works}."
+        )
+    global_batch = args.global_batch_size
+    if args.global_batch_tokens is not None:
+        global_batch, rest = divmod(args.global_batch_tokens, args.max_seq_length)
+        if rest or not global_batch:
+            raise ValueError(
+                f"global_batch_tokens={args.global_batch_tokens} is not a multiple of"
+                f" max_seq_length={args.max_seq_length}. {max(1, global_batch) * args.max_seq_length} is one."
+            )
+    micro_batch = args.micro_batch_size or max(1, global_batch // data_parallel)
+    at_once = data_parallel * micro_batch
+    if global_batch % at_once:
+        works = f"{max(1, global_batch // at_once) * at_once} or {(global_batch // at_once + 1) * at_once}"
+        raise ValueError(
+            f"The global batch of {global_batch} samples cannot be divided by data_parallel_size x micro_batch_size ="
+            f" {data_parallel} x {micro_batch} = {at_once}. --global_batch_size {works} can."
+        )
+    return Sizes(data_parallel, tensor_parallel, global_batch, micro_batch)
+
+
+def model_config(args: Args) -> Config:
+    known = {each.name for each in fields(Config)}
+    for name in args.model.keys() - known:
+        raise ValueError(f"--model.{name}: litgpt's Config has no {name!r}.{did_you_mean(name, known)}")
+    directory = args.initial_checkpoint_dir
+    if directory is not None and not (directory / "lit_model.pth").is_file():
+        raise ValueError(f"--initial_checkpoint_dir {directory} holds no lit_model.pth.")
+
+    def make(**changes: Any) -> Config:
+        if directory is not None:
+            return Config.from_checkpoint(directory, **changes)
+        if args.model_name == TINY_LLAMA_3["name"]:
+            return Config(**{**TINY_LLAMA_3, **changes})
+        return Config.from_name(args.model_name, **changes)  # type: ignore[return-value]
+
+    try:
+        name = make().name
+    except ValueError as error:
+        hint = did_you_mean(args.model_name, [TINY_LLAMA_3["name"], *name_to_config])
+        raise ValueError(f"--model_name {args.model_name!r} is not known.{hint}") from error
+    try:
+        config = make(**args.model)
+    except (AssertionError, ValueError) as error:
+        raise ValueError(f"--model {args.model} does not fit {name}: litgpt cannot make a Config of it.") from error
+    if args.max_seq_length > config.block_size:
+        raise ValueError(f"max_seq_length={args.max_seq_length} is above {config.name}'s {config.block_size}.")
+    return config
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
+    return f" Did you mean {' or '.join(matches)}?" if matches else ""
+
+
+def connect_data(args: Args, sizes: Sizes) -> None:
+    args.tokenizer_dir = args.initial_checkpoint_dir or args.tokenizer_dir
+    if args.tokenizer_dir is None and not isinstance(args.data, TextFiles):
+        raise ValueError(f"{type(args.data).__name__} needs a tokenizer: a checkpoint directory as --tokenizer_dir.")
+    tokenizer = None
+    if args.tokenizer_dir is not None:
+        if not any((args.tokenizer_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+            raise ValueError(f"{args.tokenizer_dir} holds neither tokenizer.json nor tokenizer.model.")
+        tokenizer = Tokenizer(args.tokenizer_dir)
+    args.data.connect(tokenizer=tokenizer, batch_size=sizes.micro_batch, max_seq_length=args.max_seq_length)
+
+
+def check_data(
+    args: Args, sizes: Sizes, config: Config, tokenizer: Tokenizer, train_data: DataLoader, val_data: DataLoader
+) -> None:
+    if vocabulary_size(tokenizer) > config.padded_vocab_size:  # type: ignore[operator]
+        raise ValueError(
+            f"The tokenizer has {vocabulary_size(tokenizer)} tokens and {config.name} only {config.padded_vocab_size}"
+            " rows in its embedding. Use the model's own tokenizer; for the default data, lower --data.vocab_size or"
+            " raise --model.vocab_size."
+        )
+    for name, loader in (("training", train_data), ("validation", val_data)):
+        if isinstance(loader.dataset, IterableDataset):
+            raise ValueError(
+                f"{type(args.data).__name__} streams its data: it would give the ranks of one tensor-parallel group"
+                " different samples. Use a data module with a dataset that can be indexed."
+            )
+        samples = len(loader.dataset)  # type: ignore[arg-type]
+        needed = sizes.global_batch if loader is train_data else sizes.data_parallel
+        if samples < needed:
+            raise ValueError(
+                f"There are {samples} samples of {args.max_seq_length} tokens for {name}, fewer than the {needed} that"
+                " are used at once. Give more text, or lower --max_seq_length or, for training, --global_batch_size."
+            )

@@ -1,0 +1,95 @@
+"""Distributed checkpoints of a run: written so that a crash loses none, and found again."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from arguments import Args, Sizes
+from litgpt import Config
+
+
+def save_checkpoint(fabric: L.Fabric, state: dict[str, Any], path: Path) -> None:
+    with replacing(fabric, path) as unfinished:
+        fabric.save(unfinished, state)
+
+
+@contextmanager
+def replacing(fabric: L.Fabric, path: Path) -> Iterator[Path]:
+    """A directory that takes the place of `path` when all ranks have written to it: a crash leaves the old one."""
+    unfinished, replaced = path.with_name(f".{path.name}.unfinished"), path.with_name(f".{path.name}.replaced")
+    if fabric.is_global_zero:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    fabric.barrier()
+    yield unfinished
+    fabric.barrier()
+    if fabric.is_global_zero:
+        shutil.rmtree(replaced, ignore_errors=True)
+        if path.exists():
+            path.rename(replaced)
+        unfinished.rename(path)
+        shutil.rmtree(replaced, ignore_errors=True)
+    fabric.barrier()
+
+
+def what_it_continues(args: Args, sizes: Sizes, config: Config) -> dict[str, Any]:
+    """The model, and what decides which samples a step sees."""
+    return {
+        "seed": args.seed,
+        "global_batch_size": sizes.global_batch,
+        "max_seq_length": args.max_seq_length,
+        "model": asdict(config),
+    }
+
+
+def find_checkpoint(args: Args, run: dict[str, Any]) -> Path | None:
+    if args.resume is False:
+        return None
+    saved = sorted(path for path in args.out_dir.glob("step-*") if is_complete(path))
+    if isinstance(args.resume, Path):
+        if not is_complete(args.resume):
+            found = ", ".join(map(str, saved)) or "none"
+            raise ValueError(f"--resume {args.resume} is not a checkpoint of this recipe. In {args.out_dir}: {found}.")
+        checkpoint = args.resume
+    elif saved:
+        checkpoint = saved[-1]
+    elif args.resume == "auto":
+        return None
+    else:
+        raise ValueError(f"--resume true: there is no checkpoint step-... in {args.out_dir}. Start with --resume auto.")
+    check_same_run(checkpoint, torch.load(checkpoint / "meta.pt", weights_only=True).get("run", {}), run)
+    return checkpoint
+
+
+def is_complete(path: Path) -> bool:
+    return (path / ".metadata").is_file() and (path / "meta.pt").is_file()
+
+
+def check_same_run(checkpoint: Path, saved: dict[str, Any], run: dict[str, Any]) -> None:
+    old, new = ({**each, **each.get("model", {})} for each in (saved, run))
+    different = [key for key in new if key != "model" and key in new and old.get(key) != new[key]]
+    if different:
+        changes = ", ".join(f"{key} {old.get(key)!r} (now {new[key]!r})" for key in different)
+        raise ValueError(
+            f"{checkpoint} was made with {changes}. Use the same to continue it, or start a new run from its weights"
+            " with --initial_checkpoint_dir."
+        )
+
+
+def set_aside(out_dir: Path, *, after: int) -> None:
+    """Move what an earlier run left there, from the step on that this run starts after: nothing is overwritten, and
+    --resume auto never takes a checkpoint of another run for the newest of this one."""
+    earlier = [path for path in out_dir.glob("step-*") if int(path.name.removeprefix("step-")) > after]
+    if after == 0:
+        earlier += [path for path in (out_dir / "final", out_dir / "logs") if path.exists()]
+    if earlier:
+        target = out_dir / f"previous-{len(list(out_dir.glob('previous-*'))) + 1}"
+        target.mkdir()
+        for path in earlier:
+            path.rename(target / path.name)
+        print(f"Moved {', '.join(path.name for path in earlier)} of an earlier run to {target}")
