@@ -74,7 +74,11 @@ class Unsharded(Style):
         return gather_replicated(x, this.group, SEQUENCE_DIM) if self.layout == "sequence" else x
 
     def leave(self, this: Parallelized, y: Any) -> Any:
-        return scatter(y, this.group) if self.layout == "sequence" else y
+        if self.layout != "sequence":
+            return y
+        if isinstance(y, tuple):  # attention that returns its weights too
+            return (scatter(y[0], this.group), *y[1:])
+        return scatter(y, this.group)
 
     def collectives(self) -> tuple[str, str]:
         return ("all-gather", "all-gather") if self.layout == "sequence" else ("", "")
