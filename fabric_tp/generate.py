@@ -7,6 +7,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from fabric_tp import _torch
+from fabric_tp.styles.collectives import Group
+
 
 @torch.no_grad()
 def generate(
@@ -64,10 +67,8 @@ def generate(
 
 def _gather_row(logits: DTensor, position: int) -> Tensor:
     local = logits.to_local()[0, position].contiguous()
-    mesh = logits.device_mesh
-    whole = local.new_empty(mesh.size() * local.numel())
-    dist.all_gather_into_tensor(whole, local, group=mesh.get_group())
-    return whole
+    group = Group.of(logits.device_mesh)
+    return _torch.all_gather(local, group.size, group.name)
 
 
 def _choose(logits: Tensor, generator: torch.Generator, temperature: float, top_k: int | None) -> int:

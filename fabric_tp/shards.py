@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from fabric_tp import _torch
 
 
 @torch.no_grad()
@@ -34,7 +35,7 @@ def gather_shards(parameter: Tensor) -> Tensor:
         part[dim] = len(range(part[dim])[_chunk(part[dim], mesh.size(axis), mesh.get_local_rank(axis))])
         sizes.append(part)
     for (axis, dim), before in zip(_splits(parameter), reversed(sizes[:-1]), strict=True):
-        local = _gather_chunks(local, dim, before[dim], mesh.size(axis), mesh.get_group(axis))
+        local = _gather_chunks(local, dim, before[dim], mesh.size(axis), mesh.get_group(axis).group_name)
     return local
 
 
@@ -48,13 +49,11 @@ def _chunk(length: int, size: int, rank: int) -> slice:
     return slice(min(rank * step, length), min((rank + 1) * step, length))
 
 
-def _gather_chunks(local: Tensor, dim: int, length: int, size: int, group: dist.ProcessGroup) -> Tensor:
+def _gather_chunks(local: Tensor, dim: int, length: int, size: int, group_name: str) -> Tensor:
     """Concatenate the ranks' chunks, of which the last ones may be smaller or empty."""
     step = -(-length // size)
     shape = list(local.shape)
     shape[dim] = step
     padded = local.new_zeros(shape)
     padded.narrow(dim, 0, local.shape[dim]).copy_(local)
-    gathered = local.new_empty([size * shape[0], *shape[1:]])
-    dist.all_gather_into_tensor(gathered, padded, group=group)
-    return torch.cat(gathered.chunk(size), dim).narrow(dim, 0, length).contiguous()
+    return torch.cat(_torch.all_gather(padded, size, group_name).chunk(size), dim).narrow(dim, 0, length).contiguous()

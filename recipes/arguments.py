@@ -228,7 +228,7 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(matches)}?" if matches else ""
 
 
-def connect_data(args: Args, sizes: Sizes) -> None:
+def connect_data(args: Args, sizes: Sizes) -> Tokenizer | None:
     args.tokenizer_dir = args.initial_checkpoint_dir or args.tokenizer_dir
     if args.tokenizer_dir is None and not isinstance(args.data, TextFiles):
         raise ValueError(f"{type(args.data).__name__} needs a tokenizer: a checkpoint directory as --tokenizer_dir.")
@@ -238,17 +238,12 @@ def connect_data(args: Args, sizes: Sizes) -> None:
             raise ValueError(f"{args.tokenizer_dir} holds neither tokenizer.json nor tokenizer.model.")
         tokenizer = Tokenizer(args.tokenizer_dir)
     args.data.connect(tokenizer=tokenizer, batch_size=sizes.micro_batch, max_seq_length=args.max_seq_length)
+    return tokenizer
 
 
 def check_data(
     args: Args, sizes: Sizes, config: Config, tokenizer: Tokenizer, train_data: DataLoader, val_data: DataLoader
 ) -> None:
-    if vocabulary_size(tokenizer) > config.padded_vocab_size:  # type: ignore[operator]
-        raise ValueError(
-            f"The tokenizer has {vocabulary_size(tokenizer)} tokens and {config.name} only {config.padded_vocab_size}"
-            " rows in its embedding. Use the model's own tokenizer; for the default data, lower --data.vocab_size or"
-            " raise --model.vocab_size."
-        )
     for name, loader in (("training", train_data), ("validation", val_data)):
         if isinstance(loader.dataset, IterableDataset):
             raise ValueError(
@@ -262,3 +257,9 @@ def check_data(
                 f"There are {samples} samples of {args.max_seq_length} tokens for {name}, fewer than the {needed} that"
                 " are used at once. Give more text, or lower --max_seq_length or, for training, --global_batch_size."
             )
+    if vocabulary_size(tokenizer) > config.padded_vocab_size:  # type: ignore[operator]
+        raise ValueError(
+            f"The tokenizer has {vocabulary_size(tokenizer)} tokens and {config.name} only {config.padded_vocab_size}"
+            " rows in its embedding. Use the model's own tokenizer; for the default data, lower --data.vocab_size or"
+            " raise --model.vocab_size."
+        )

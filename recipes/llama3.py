@@ -63,7 +63,7 @@ def main(args: Args) -> None:
     with torch.device("meta"):
         meta_model = GPT(config)
     parallelize.check(meta_model, tensor_parallel_size=sizes.tensor_parallel, sequence_length=args.max_seq_length)
-    connect_data(args, sizes)
+    tokenizer = connect_data(args, sizes)
     run = what_it_continues(args, sizes, config)
     checkpoint = find_checkpoint(args, run)
 
@@ -82,8 +82,8 @@ def main(args: Args) -> None:
     with fabric.rank_zero_first(local=True):
         args.data.prepare_data()
     args.data.setup()
-    tokenizer: Tokenizer = args.data.tokenizer  # type: ignore[attr-defined]
     train_data, val_data = args.data.train_dataloader(), args.data.val_dataloader()
+    tokenizer = tokenizer or args.data.tokenizer  # type: ignore[attr-defined]
     check_data(args, sizes, config, tokenizer, train_data, val_data)
 
     with fabric.init_module(empty_init=True):
