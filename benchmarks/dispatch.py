@@ -24,14 +24,16 @@ def main(
     *,
     shape: Shape = Shape(width=64, heads=8, kv_heads=4, hidden=192, vocabulary=512, length=32),  # noqa: B008
     tensor_parallel_size: int = 4,
+    whole: bool = True,
     rounds: int = 60,
     out: Path | None = None,
 ) -> None:
-    """Time forward, loss and backward: this library, torch's own styles, and one device, one after the other.
+    """Time a step: this library, torch's own styles, and one device, one after the other.
 
     Args:
         shape: Of the model and the batch; small, so that the CPU's cost of each operation dominates.
         tensor_parallel_size: Ranks that there seem to be.
+        whole: The step with clipping and AdamW, and not only forward, loss and backward.
         rounds: Timed steps of each.
         out: A file for the figures, as JSON.
     """
@@ -42,9 +44,9 @@ def main(
     names = ("data_parallel", "tensor_parallel")
     mesh = init_device_mesh("cpu", (1, tensor_parallel_size), mesh_dim_names=names)["tensor_parallel"]
     steps = {
-        "fabric_tp": fabric_tp_step(shape, mesh),
-        "torch's styles": torch_plan_step(shape, mesh),
-        "one device": one_device_step(shape),
+        "fabric_tp": fabric_tp_step(shape, whole, mesh),
+        "torch's styles": torch_plan_step(shape, whole, mesh),
+        "one device": one_device_step(shape, whole),
     }
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(rounds + 5):
@@ -53,7 +55,8 @@ def main(
             step()
             if index >= 5:
                 seconds[name].append(time.perf_counter() - start)
-    title = f"CPU time of a step, {shape.layers} layers, rank 0 of {tensor_parallel_size}, free collectives"
+    what = "A whole step" if whole else "Forward and backward"
+    title = f"{what} on the CPU, {shape.layers} layers, rank 0 of {tensor_parallel_size}, free collectives"
     report(title, seconds, peer="torch's styles", setting=asdict(shape), out=out)
     dist.destroy_process_group()
 

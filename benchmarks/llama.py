@@ -137,28 +137,32 @@ def torch_plan(model: Llama, mesh: DeviceMesh) -> nn.Module:
 Step = Callable[[], None]
 
 
-def step(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], shape: Shape) -> Step:
-    """Forward, loss and backward."""
+def step(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], shape: Shape, whole: bool) -> Step:
+    """Forward, loss and backward; if ``whole``, clipping and AdamW too, without which no gradient is of use."""
     generator = torch.Generator().manual_seed(0)
     tokens, targets = torch.randint(shape.vocabulary, (2, shape.batch, shape.length), generator=generator)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def run() -> None:
-        model.zero_grad()
+        optimizer.zero_grad()
         loss(model(tokens), targets).backward()
+        if whole:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
 
     return run
 
 
-def one_device_step(shape: Shape) -> Step:
-    return step(Llama(shape), _flat_cross_entropy, shape)
+def one_device_step(shape: Shape, whole: bool) -> Step:
+    return step(Llama(shape), _flat_cross_entropy, shape, whole)
 
 
-def fabric_tp_step(shape: Shape, mesh: DeviceMesh) -> Step:
-    return step(fabric_tp.llama()(Llama(shape), mesh), fabric_tp.cross_entropy, shape)
+def fabric_tp_step(shape: Shape, whole: bool, mesh: DeviceMesh) -> Step:
+    return step(fabric_tp.llama()(Llama(shape), mesh), fabric_tp.cross_entropy, shape, whole)
 
 
-def torch_plan_step(shape: Shape, mesh: DeviceMesh) -> Step:
-    run = step(torch_plan(Llama(shape), mesh), _flat_cross_entropy, shape)
+def torch_plan_step(shape: Shape, whole: bool, mesh: DeviceMesh) -> Step:
+    run = step(torch_plan(Llama(shape), mesh), _flat_cross_entropy, shape, whole)
     return partial(_with_loss_parallel, run)
 
 

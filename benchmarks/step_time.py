@@ -25,16 +25,18 @@ from benchmarks.report import report
 
 def main(
     *,
-    shape: Shape = Shape(layers=4, width=512, heads=8, kv_heads=4, hidden=1408, vocabulary=8192, batch=2, length=512),  # noqa: B008
+    shape: Shape = Shape(layers=4, width=512, heads=8, kv_heads=4, hidden=1408, vocabulary=8192, batch=1, length=512),  # noqa: B008
     tensor_parallel_size: int = 2,
+    whole: bool = True,
     rounds: int = 12,
     out: Path | None = None,
 ) -> None:
-    """Time forward, loss and backward: this library, torch's own styles, and one process, one after the other.
+    """Time a step: this library, torch's own styles, and one process, one after the other.
 
     Args:
         shape: Of the model and the batch.
         tensor_parallel_size: Ranks, of one thread each.
+        whole: The step with clipping and AdamW, and not only forward, loss and backward.
         rounds: Timed steps of each.
         out: A file for the figures, as JSON.
     """
@@ -42,10 +44,12 @@ def main(
     store = os.path.join(tempfile.mkdtemp(), "store")
     pipes = [context.Pipe() for _ in range(tensor_parallel_size + 1)]
     processes = [
-        context.Process(target=_rank, args=(rank, tensor_parallel_size, store, shape, pipe), daemon=True)
+        context.Process(target=_rank, args=(rank, tensor_parallel_size, store, shape, whole, pipe), daemon=True)
         for rank, (_, pipe) in enumerate(pipes[:-1])
     ]
-    processes.append(context.Process(target=_alone, args=(tensor_parallel_size, shape, pipes[-1][1]), daemon=True))
+    processes.append(
+        context.Process(target=_alone, args=(tensor_parallel_size, shape, whole, pipes[-1][1]), daemon=True)
+    )
     for process in processes:
         process.start()
     ranks, alone = [ours for ours, _ in pipes[:-1]], [pipes[-1][0]]
@@ -60,24 +64,28 @@ def main(
                 seconds[name].append(slowest)
     for process in processes:
         process.kill()
-    title = f"A step on {tensor_parallel_size} gloo ranks, {shape.layers} layers of width {shape.width}"
+    what = "A whole step" if whole else "Forward and backward"
+    title = f"{what} on {tensor_parallel_size} gloo ranks, {shape.layers} layers of width {shape.width}"
     report(title, seconds, peer="torch's styles", setting=asdict(shape), out=out)
 
 
-def _rank(rank: int, size: int, store: str, shape: Shape, connection: Connection) -> None:
+def _rank(rank: int, size: int, store: str, shape: Shape, whole: bool, connection: Connection) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     names = ("data_parallel", "tensor_parallel")
     mesh = init_device_mesh("cpu", (1, size), mesh_dim_names=names)["tensor_parallel"]
-    _serve({"fabric_tp": fabric_tp_step(shape, mesh), "torch's styles": torch_plan_step(shape, mesh)}, connection)
+    _serve(
+        {"fabric_tp": fabric_tp_step(shape, whole, mesh), "torch's styles": torch_plan_step(shape, whole, mesh)},
+        connection,
+    )
 
 
-def _alone(threads: int, shape: Shape, connection: Connection) -> None:
+def _alone(threads: int, shape: Shape, whole: bool, connection: Connection) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    _serve({"one process": one_device_step(shape)}, connection)
+    _serve({"one process": one_device_step(shape, whole)}, connection)
 
 
 def _serve(steps: dict[str, Step], connection: Connection) -> None:
