@@ -87,7 +87,8 @@ class Parallelize:
         if tensor_parallel_size < 1:
             raise ValueError(f"tensor_parallel_size={tensor_parallel_size} must be at least 1.")
         plan = self._plan(model, tensor_parallel_size)
-        check_plan(plan, model, tensor_parallel_size)
+        described = "" if self.own_plan is not None else self._architecture(model).description
+        check_plan(plan, model, tensor_parallel_size, described)
         return plan
 
     def check(self, model: nn.Module, *, tensor_parallel_size: int, sequence_length: int | None = None) -> None:

@@ -23,6 +23,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from fabric_tp.styles import FusedColwise, Style
+from fabric_tp.styles.heads import HEADS
 from fabric_tp.styles.style import own_parameters
 
 Plan = dict[str, ParallelStyle]
@@ -41,8 +42,12 @@ def _match(name: list[str], pattern: list[str]) -> bool:
     return len(name) == len(pattern) and all(map(fnmatchcase, name, pattern))
 
 
-def check_plan(plan: Mapping[str, ParallelStyle], model: nn.Module, tensor_parallel_size: int) -> None:
+def check_plan(
+    plan: Mapping[str, ParallelStyle], model: nn.Module, tensor_parallel_size: int, derived_from: str = ""
+) -> None:
     """Raise ValueError if the plan cannot be right for the model on so many ranks, before anything is sharded.
+
+    ``derived_from`` describes the architecture from which the plan was derived, if it was.
 
     Raises:
         ValueError: A pattern matches no module, or two match the same; a style does not fit its module; a size is not
@@ -64,7 +69,7 @@ def check_plan(plan: Mapping[str, ParallelStyle], model: nn.Module, tensor_paral
                     raise ValueError(f"{name}: {error}") from None
                 divided[name] = style.divided(module)
     _check_sizes(divided, tensor_parallel_size)
-    _check_coverage(plan, matched, model)
+    _check_coverage(plan, matched, model, derived_from)
 
 
 def _check_overlap(matched: Mapping[str, list[tuple[str, nn.Module]]]) -> None:
@@ -78,7 +83,7 @@ def _check_overlap(matched: Mapping[str, list[tuple[str, nn.Module]]]) -> None:
 
 
 def _check_sizes(divided: Mapping[str, Mapping[str, int]], tensor_parallel_size: int) -> None:
-    for name, numbers in divided.items():
+    for name, numbers in sorted(divided.items(), key=lambda item: HEADS not in item[1]):  # what people know comes first
         wrong = {what: number for what, number in numbers.items() if number % tensor_parallel_size}
         if wrong:
             common = math.gcd(*(number for numbers in divided.values() for number in numbers.values()))
@@ -91,19 +96,25 @@ def _check_sizes(divided: Mapping[str, Mapping[str, int]], tensor_parallel_size:
 
 
 def _check_coverage(
-    plan: Mapping[str, ParallelStyle], matched: Mapping[str, list[tuple[str, nn.Module]]], model: nn.Module
+    plan: Mapping[str, ParallelStyle],
+    matched: Mapping[str, list[tuple[str, nn.Module]]],
+    model: nn.Module,
+    derived_from: str,
 ) -> None:
     covered: set[str] = set()
     for pattern, modules in matched.items():
         for name, module in modules:
             covered |= {f"{name}.{own}" if name else own for own in _covers(plan[pattern], module)}
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    if missing := sorted(names - covered):
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if missing := sorted(parameters.keys() - covered):
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
-        raise ValueError(
-            f"No style of the plan covers the parameters {', '.join(missing[:4])}{more}. Add their modules to the"
-            " plan; fabric_tp.styles.Replicated() keeps a module whole on every rank."
-        )
+        stacked = next((name for name in missing if parameters[name].dim() == 3), None)
+        advice = "Add their modules to the plan; fabric_tp.styles.Replicated() keeps a module whole on every rank."
+        if derived_from:
+            advice = f"They are not part of {derived_from}; fabric_tp.from_plan() takes a plan of yours."
+        if stacked:
+            advice += f" No style splits a parameter of 3 dimensions, such as all experts in {stacked}."
+        raise ValueError(f"No style of the plan covers the parameters {', '.join(missing[:4])}{more}. {advice}")
 
 
 def _covers(style: ParallelStyle, module: nn.Module) -> list[str]:

@@ -13,6 +13,10 @@ CONFIGS = {
     "Llama-3-8B": {"n_head": 8, "n_query_groups": 4},
     "Llama-2-7b-hf": {"n_head": 8},
     "pythia-14m": {"n_head": 8},
+    "falcon-7b": {"n_head": 8, "n_query_groups": 4},
+    "falcon-40b": {"n_head": 8, "n_query_groups": 4},
+    "phi-2": {"n_head": 8},
+    "Mixtral-8x7B-v0.1": {"n_head": 8, "n_query_groups": 4, "n_expert": 4},
 }
 
 

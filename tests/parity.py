@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import fabric_tp
 from fabric_tp.testing import Report, next_token_loss
 from fabric_tp.testing.parity import compare
+from fabric_tp.testing.ranks import Ranks
 from tests.models import LENGTH, VOCABULARY, build
 
 
@@ -35,6 +36,36 @@ def differences(
 
 def assert_parity(name: str, factory: str, options: dict[str, Any], sizes: tuple[int, int]) -> None:
     report = Report(differences(name, factory, options, sizes))
+    assert report.equal, str(report)
+
+
+def differences_of(
+    pool: Callable[[int], Ranks],
+    build_model: Callable[[], nn.Module],
+    parallelize_fn: fabric_tp.Parallelize,
+    sizes: tuple[int, int] = (1, 2),
+    *,
+    inputs: Any = None,
+    steps: int = 1,
+    break_model: Callable[[nn.Module], None] | None = None,
+) -> dict[str, float]:
+    """Of any model, called on the side of the tests."""
+    tokens = torch.randint(VOCABULARY, (2 * sizes[0], LENGTH), generator=torch.Generator().manual_seed(0))
+    return pool(sizes[0] * sizes[1])(
+        compare,
+        build_model,
+        parallelize_fn,
+        tokens if inputs is None else inputs,
+        next_token_loss,
+        sizes,
+        steps,
+        break_model,
+    )
+
+
+def assert_equal(*args: Any, **kwargs: Any) -> None:
+    """The model of :func:`differences_of` equals one device."""
+    report = Report(differences_of(*args, **kwargs))
     assert report.equal, str(report)
 
 

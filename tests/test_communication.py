@@ -64,6 +64,49 @@ def test_without_sequence_parallel(pool, layers, size) -> None:
     assert backward == {"AR": 2 * layers + 1}
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("name", ["falcon-7b", "phi-2"])
+def test_parallel_residual_with_shared_norm(pool, name, layers) -> None:
+    """Half: attention and MLP of a layer share a gather and a scatter."""
+    forward, _, backward = pool(2)(count, {}, layers, name, 2)
+    each = layers + 1
+    assert forward == {"AG": each, "RS": each}
+    assert backward == {"RS": each, "AG": each, "AR": 1}
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize(("name", "buckets"), [("falcon-7b", 0), ("phi-2", 1)])
+def test_parallel_residual_with_shared_norm_without_sequence_parallel(pool, name, buckets, layers) -> None:
+    """Half as well; a bias within the shared sum is one rank's to add, and its gradient in a bucket."""
+    forward, _, backward = pool(2)(count, {"sequence_parallel": False}, layers, name, 2)
+    assert forward == {"AR": layers + 1}
+    assert backward == {"AR": layers + 1 + buckets}
+
+
+def test_parallel_residual_with_two_norms(pool) -> None:
+    """Attention and MLP take different inputs, so each has its own gather."""
+    forward, _, backward = pool(2)(count, {}, 3, "falcon-40b", 2)
+    assert forward == {"AG": 7, "RS": 7}
+    assert backward == {"RS": 7, "AG": 7, "AR": 1}
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_experts(pool, layers) -> None:
+    """One gather before router and experts, however many there are, and one scatter of what they add up."""
+    forward, _, backward = pool(2)(count, {}, layers, "Mixtral-8x7B-v0.1", 2)
+    each = 2 * layers + 1
+    assert forward == {"AG": each, "RS": each}
+    assert backward == {"RS": each, "AG": each, "AR": 1}
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_experts_without_sequence_parallel(pool, layers) -> None:
+    """The router's gradient is a partial sum, in a bucket."""
+    forward, _, backward = pool(2)(count, {"sequence_parallel": False}, layers, "Mixtral-8x7B-v0.1", 2)
+    assert forward == {"AR": 2 * layers + 1}
+    assert backward == {"AR": 2 * layers + 2}
+
+
 def test_without_loss_parallel(pool) -> None:
     """The logits are gathered; their gradient is the same everywhere, so each rank takes its part of it."""
     forward, loss, backward = pool(2)(count, {"loss_parallel": False}, 1, "Llama-3-8B", 2)

@@ -29,6 +29,8 @@ def _qkv(attention: nn.Module) -> Mapping[str, int]:
 
 def _changed(adapter: nn.Module) -> tuple[str, ...]:
     module: Any = adapter
+    if not hasattr(module, "enable_lora"):  # of litgpt.adapter_v2, whose parameters no style covers
+        return ()
     return tuple(part for part, enabled in zip("qkv", module.enable_lora, strict=True) if enabled and module.r > 0)
 
 

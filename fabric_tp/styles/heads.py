@@ -18,6 +18,8 @@ from fabric_tp.styles.colwise import Colwise
 from fabric_tp.styles.prepare import PrepareInput
 from fabric_tp.styles.style import Layout, LocalModule, Parallelized, own_parameters
 
+HEADS = "query heads"
+
 
 @dataclass(frozen=True)
 class Heads:
@@ -121,7 +123,7 @@ class ShardHeads(PrepareInput):
         self.query_counts, self.key_value_counts, self.group_sizes = query_counts, key_value_counts, group_sizes
 
     def divided(self, module: nn.Module) -> Mapping[str, int]:
-        return {"query heads": self.heads.query}
+        return {HEADS: self.heads.query}
 
     def prepare(self, module: nn.Module, this: Parallelized) -> None:
         size = this.group.size

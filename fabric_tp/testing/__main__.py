@@ -1,21 +1,35 @@
-"""``python -m fabric_tp.testing litgpt``: every litgpt config, made small, against one device."""
+"""``python -m fabric_tp.testing litgpt``: every litgpt config, made small, against one device; and other models."""
 
 from __future__ import annotations
 
 import sys
 from functools import partial
-from typing import Any
+from typing import Literal
 
 import torch
 from jsonargparse import auto_cli
 
 import fabric_tp
-from fabric_tp.testing.parity import Report, compare, next_token_loss
+from fabric_tp.testing.parity import BuildModel, Report, compare, next_token_loss
 from fabric_tp.testing.ranks import Ranks
-from fabric_tp.testing.small import LENGTH, VOCABULARY, names, small_config, small_gpt
+from fabric_tp.testing.small import (
+    LENGTH,
+    LORA,
+    TRANSFORMERS,
+    VOCABULARY,
+    names,
+    one_of_each_structure,
+    small_config,
+    small_gpt,
+    small_lora,
+    small_transformers,
+)
+
+Models = Literal["litgpt", "lora", "huggingface"]
 
 
-def litgpt(
+def main(
+    models: Models,
     *,
     tensor_parallel_size: int = 2,
     data_parallel_size: int = 1,
@@ -26,25 +40,27 @@ def litgpt(
     every: int = 1,
     steps: int = 1,
 ) -> None:
-    """Compare each of litgpt's configs, made small, with one device: a line for each, and exit code 1 on a mismatch.
+    """Compare models, made small, with one device: a line for each, and exit code 1 on a mismatch.
 
     Args:
+        models: "litgpt": each of its configs. "lora": litgpt.lora.GPT, one config of each structure, with every layer
+            adapted and with queries and values only. "huggingface": families of Transformers.
         tensor_parallel_size: Ranks that share the model.
         data_parallel_size: Ranks that share the batch.
-        sequence_parallel: As in fabric_tp.litgpt.
-        loss_parallel: As in fabric_tp.litgpt.
-        replicate_attention: As in fabric_tp.litgpt.
-        only: Take only configs whose name contains this.
-        every: Take only every so manieth config.
+        sequence_parallel: As in fabric_tp.auto.
+        loss_parallel: As in fabric_tp.auto.
+        replicate_attention: As in fabric_tp.auto.
+        only: Take only models whose name contains this.
+        every: Take only every so manieth model.
         steps: Optimizer steps whose weights to compare.
     """
-    parallelize_fn = fabric_tp.litgpt(
+    parallelize_fn = fabric_tp.auto(
         sequence_parallel=sequence_parallel, loss_parallel=loss_parallel, replicate_attention=replicate_attention
     )
     ranks = Ranks(data_parallel_size * tensor_parallel_size)
     totals = {"equal": 0, "refused": 0, "DIFFERENT": 0}
-    for name in [name for name in names() if only in name][::every]:
-        verdict, detail = _verdict(name, parallelize_fn, ranks, (data_parallel_size, tensor_parallel_size), steps)
+    for name, build in [(name, build) for name, build in _builders(models).items() if only in name][::every]:
+        verdict, detail = _verdict(build, parallelize_fn, ranks, (data_parallel_size, tensor_parallel_size), steps)
         totals[verdict] += 1
         print(f"{name:40} {verdict:10} {detail}", flush=True)
     ranks.stop()
@@ -52,13 +68,21 @@ def litgpt(
     sys.exit(1 if totals["DIFFERENT"] else 0)
 
 
+def _builders(models: Models) -> dict[str, BuildModel]:
+    if models == "litgpt":
+        return {name: partial(small_gpt, small_config(name)) for name in names()}
+    if models == "lora":
+        pairs = [(name, adapted) for name in one_of_each_structure() for adapted in LORA]
+        return {f"{name}, {adapted}": partial(small_lora, name, adapted) for name, adapted in pairs}
+    return {name: partial(small_transformers, name) for name in TRANSFORMERS}
+
+
 def _verdict(
-    name: str, parallelize_fn: fabric_tp.Parallelize, ranks: Ranks, sizes: tuple[int, int], steps: int
+    build: BuildModel, parallelize_fn: fabric_tp.Parallelize, ranks: Ranks, sizes: tuple[int, int], steps: int
 ) -> tuple[str, str]:
-    config = small_config(name)
-    build: Any = partial(small_gpt, config)
+    model = build()
     try:
-        parallelize_fn.check(build(), tensor_parallel_size=sizes[1])
+        parallelize_fn.check(model, tensor_parallel_size=sizes[1])
     except ValueError as error:
         return "refused", str(error)
     tokens = torch.randint(VOCABULARY, (2 * sizes[0], LENGTH), generator=torch.Generator().manual_seed(0))
@@ -71,4 +95,4 @@ def _verdict(
 
 
 if __name__ == "__main__":
-    auto_cli({"litgpt": litgpt})
+    auto_cli(main)

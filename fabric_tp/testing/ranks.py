@@ -9,8 +9,8 @@ import traceback
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
-from typing import Any
+from multiprocessing.connection import Connection, wait
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -46,13 +46,21 @@ class Ranks:
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         for connection in self._connections:
             connection.send((function, args, kwargs))
-        answers = [c.recv() if c.poll(TIMEOUT) else (False, f"no answer in {TIMEOUT} s") for c in self._connections]
-        failures = [f"rank {rank}: {answer}" for rank, (fine, answer) in enumerate(answers) if not fine]
-        if failures:
-            self.stop()  # ranks may be left waiting in a collective
-            self._start()
-            raise AssertionError(f"{len(failures)} of {self.size} ranks failed\n{failures[0]}")
-        return answers[0][1]
+        answers: dict[int, Any] = {}
+        while missing := [rank for rank in range(self.size) if rank not in answers]:
+            ready = wait([self._connections[rank] for rank in missing], TIMEOUT)
+            if not ready:
+                self._fail(f"ranks {missing} gave no answer in {TIMEOUT} s")
+            for rank in [rank for rank in missing if self._connections[rank] in ready]:
+                fine, answers[rank] = self._connections[rank].recv()
+                if not fine:
+                    self._fail(f"rank {rank} failed\n{answers[rank]}")
+        return answers[0]
+
+    def _fail(self, message: str) -> NoReturn:
+        self.stop()  # ranks may be left waiting for others in a collective
+        self._start()
+        raise AssertionError(message)
 
     def stop(self) -> None:
         for process in self._processes:

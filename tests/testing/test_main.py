@@ -1,0 +1,46 @@
+"""``python -m fabric_tp.testing``."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+
+from fabric_tp.testing import __main__, parity
+
+
+def test_equal_models_exit_with_0() -> None:
+    command = [sys.executable, "-m", "fabric_tp.testing", "litgpt", "--every", "30"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    *lines, totals = run.stdout.splitlines()
+    assert totals == "7 equal, 0 refused, 0 DIFFERENT"
+    assert len(lines) == 7
+    assert all(re.fullmatch(r"\S+ +equal +\d\.\de[-+]\d\d \S.*", line) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("models", "only", "printed"),
+    [
+        ("litgpt", "SmolLM2-135M-I", r"SmolLM2-135M-Instruct +refused +tensor_parallel_size=2 .* are 1, 3\."),
+        ("lora", "pythia, nothing of that name", ""),
+        ("lora", "Gemma-2b, query and value", r"Gemma-2b, query and value +equal +\d\.\de-\d\d "),
+        ("huggingface", "Mixtral", r"Mixtral +refused +.*3 dimensions"),
+    ],
+)
+def test_lines(capsys, models, only, printed) -> None:
+    with pytest.raises(SystemExit) as exit:
+        __main__.main(models, only=only)
+    assert exit.value.code == 0
+    assert re.match(printed, capsys.readouterr().out)
+
+
+def test_a_mismatch_exits_with_1(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(__main__, "Report", partial(parity.Report, tolerance=0.0))
+    with pytest.raises(SystemExit) as exit:
+        __main__.main("litgpt", only="pythia-14m")
+    assert exit.value.code == 1
+    assert re.search(r"pythia-14m +DIFFERENT +\d\.\de-\d\d ", capsys.readouterr().out)
