@@ -25,7 +25,7 @@ from benchmarks.report import report
 
 def main(
     *,
-    shape: Shape = Shape(layers=4, width=512, heads=8, kv_heads=4, hidden=1408, vocabulary=8192, batch=1, length=512),  # noqa: B008
+    shape: Shape = Shape(layers=4, width=512, heads=8, kv_heads=4, hidden=1408, vocabulary=8192, batch=1, length=256),  # noqa: B008
     tensor_parallel_size: int = 2,
     whole: bool = True,
     rounds: int = 12,

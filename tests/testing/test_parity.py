@@ -90,7 +90,7 @@ def test_not_a_number_is_worst() -> None:
 
 
 def test_gradient_of_nothing_but_rounding() -> None:
-    """A gradient that is zero but for rounding cannot be compared with itself; one that should be zero and is not can."""
+    """What is zero but for rounding cannot be compared with itself; what should be zero and is not is still found."""
     zero, rounding, wrong = (torch.full((3,), value) for value in (1e-9, -1e-9, 1e-3))
     assert parity._off(rounding, zero) == 2
     assert parity._off(rounding, zero, largest=1.0) < parity.TOLERANCE
