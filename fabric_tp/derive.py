@@ -13,6 +13,7 @@ from fabric_tp.plan import Plan
 from fabric_tp.styles import (
     AllHeadsNorm,
     Colwise,
+    Dropout,
     FusedColwise,
     Heads,
     Layout,
@@ -24,6 +25,8 @@ from fabric_tp.styles import (
     ParallelResidual,
     PrepareInput,
     PrepareInputOutput,
+    RandomHeads,
+    RandomUnsharded,
     Replicated,
     Rowwise,
     ScatterInput,
@@ -33,6 +36,7 @@ from fabric_tp.styles import (
     Unsharded,
     VocabParallelEmbedding,
 )
+from fabric_tp.styles.dropout import is_dropout
 
 BASE = "linear"
 """What an adapter calls the linear layer that it changes."""
@@ -65,15 +69,16 @@ def derive_plan(architecture: Architecture, model: nn.Module, options: Options) 
     if architecture.block is None:
         assert architecture.feed_forward is not None
         found = find_feed_forwards(architecture.feed_forward, model)
-        return {
-            _join(name, layer): style
-            for name in found
-            for layer, style in _feed_forward(architecture.feed_forward, model.get_submodule(name), "replicate").items()
-        }
+        plan: Plan = {name: Dropout() for name in _dropouts(model)}
+        for name in found:
+            parts = _feed_forward(architecture.feed_forward, model.get_submodule(name), "replicate")
+            parts |= _feed_forward_dropouts(
+                architecture.feed_forward, model.get_submodule(name), "replicate", options.tensor_parallel_size
+            )
+            plan |= {_join(name, layer): style for layer, style in parts.items()}
+        return plan
     measured = architecture.measures_embedding and options.sequence_parallel
-    plan: Plan = {
-        architecture.embedding: VocabParallelEmbedding(output_layout="replicate" if measured else options.layout)
-    }
+    plan = {architecture.embedding: VocabParallelEmbedding(output_layout="replicate" if measured else options.layout)}
     blocks = children(model, architecture.blocks)
     if measured:
         plan[next(iter(blocks))] = ScatterInput()
@@ -83,7 +88,7 @@ def derive_plan(architecture: Architecture, model: nn.Module, options: Options) 
     plan |= _layer(
         model, architecture.head, head(loss_parallel=options.loss_parallel, input_layout=options.layout), _COLWISE
     )
-    return plan
+    return plan | _outer_dropouts(architecture, model, options)
 
 
 def _blocks(path: str, plans: dict[str, dict[str, Style]]) -> Plan:
@@ -98,22 +103,30 @@ def _block(block: Block, module: nn.Module, options: Options) -> dict[str, Style
     layout = options.layout
     plan: dict[str, Style] = {name: Replicated(layout) for name in block.norms if _has_parameters(module, name)}
     norm = block.shared_norm(module) if block.shared_norm else None
-    shared = norm is not None and not options.replicate_attention
+    dropouts = _block_dropouts(block, module, layout)
+    # A dropout between attention or MLP and the residual belongs to one of them: then they cannot share a reduction.
+    shared = norm is not None and not options.replicate_attention and not dropouts
+    plan |= dropouts
     if shared:
         assert norm is not None
         plan[""] = ParallelResidual(norm, block.attention.name, block.feed_forward.name, layout=layout)
     inner = None if shared else layout
     attention = module.get_submodule(block.attention.name)
     if options.replicate_attention:
-        parts: dict[str, Style] = _whole_attention(attention, layout)
+        parts: dict[str, Style] = _whole_attention(block.attention, attention, layout)
     else:
         parts = _attention(block.attention, attention, inner, options.tensor_parallel_size)
+        parts |= _attention_dropouts(block.attention, attention, inner, options.tensor_parallel_size)
     plan |= {_join(block.attention.name, name): style for name, style in parts.items()}
     experts = block.experts
     if experts and has(module, f"{experts.name}.{experts.router}"):
-        parts = _experts(experts, block.feed_forward, module.get_submodule(experts.name), layout)
+        moe = module.get_submodule(experts.name)
+        parts = _experts(experts, block.feed_forward, moe, layout)
+        parts |= _experts_dropouts(experts, block.feed_forward, moe, options.tensor_parallel_size)
         return plan | {_join(experts.name, name): style for name, style in parts.items()}
-    parts = _feed_forward(block.feed_forward, module.get_submodule(block.feed_forward.name), inner)
+    feed_forward = module.get_submodule(block.feed_forward.name)
+    parts = _feed_forward(block.feed_forward, feed_forward, inner)
+    parts |= _feed_forward_dropouts(block.feed_forward, feed_forward, inner, options.tensor_parallel_size)
     return plan | {_join(block.feed_forward.name, name): style for name, style in parts.items()}
 
 
@@ -121,8 +134,9 @@ def _attention(attention: Attention, module: nn.Module, layout: Layout | None, s
     counts = attention.counts(module)
     heads = Heads(counts.query, counts.key_value)
     shared = None if heads.splits_key_value(size) else heads
+    heads_style = RandomHeads if _is_random(attention, module) else ShardHeads
     plan: dict[str, Style] = {
-        "": ShardHeads(
+        "": heads_style(
             heads,
             query_counts=_existing(module, attention.query_counts),
             key_value_counts=_existing(module, attention.key_value_counts),
@@ -177,8 +191,9 @@ def _whole(module: nn.Module, name: str, style: Style) -> dict[str, Style]:
     return {_join(name, path): style for path in holders}
 
 
-def _whole_attention(module: nn.Module, layout: Layout) -> dict[str, Style]:
-    plan: dict[str, Style] = {"": Unsharded(layout)}
+def _whole_attention(attention: Attention, module: nn.Module, layout: Layout) -> dict[str, Style]:
+    plan: dict[str, Style] = {"": (RandomUnsharded if _is_random(attention, module) else Unsharded)(layout)}
+    plan |= {name: Dropout() for name in _dropouts(module)}
     for name, _ in module.named_children():
         plan |= _whole(module, name, Replicated())
     return plan
@@ -234,6 +249,93 @@ def _experts(experts: Experts, feed_forward: FeedForward, module: nn.Module, lay
         inner = _hidden(feed_forward, module.get_submodule(shared), None)
         plan |= {_join(shared, name): style for name, style in inner.items()}
     return plan
+
+
+def _outer_dropouts(architecture: Architecture, model: nn.Module, options: Options) -> Plan:
+    """Outside of the blocks."""
+    plan: Plan = {}
+    for name in _dropouts(model):
+        if name.startswith(f"{architecture.head}."):
+            plan[name] = Dropout()
+        elif not name.startswith(f"{architecture.blocks}."):
+            if architecture.measures_embedding and options.sequence_parallel and options.tensor_parallel_size > 1:
+                raise ValueError(
+                    f"{name} is a Dropout between the embedding, whose output is whole on every rank, and the head,"
+                    " whose input is not, and which of both it sees is not known. Use sequence_parallel=False, or move"
+                    " it into the blocks."
+                )
+            plan[name] = Dropout(options.layout)
+    return plan
+
+
+def _block_dropouts(block: Block, module: nn.Module, layout: Layout) -> dict[str, Style]:
+    """Outside of attention and MLP."""
+    inner = {block.attention.name, block.feed_forward.name, block.experts.name if block.experts else ""}
+    return {name: Dropout(layout) for name in _dropouts(module) if name.partition(".")[0] not in inner}
+
+
+def _attention_dropouts(attention: Attention, module: nn.Module, layout: Layout | None, size: int) -> dict[str, Style]:
+    inputs = (*attention.queries, *attention.keys_values, *attention.fused)
+    return _inner_dropouts(module, inputs, attention.outputs, layout, size)
+
+
+def _feed_forward_dropouts(
+    feed_forward: FeedForward, module: nn.Module, layout: Layout | None, size: int
+) -> dict[str, Style]:
+    inputs = (*feed_forward.inputs, *feed_forward.fused)
+    return _inner_dropouts(module, inputs, feed_forward.outputs, layout, size)
+
+
+def _experts_dropouts(experts: Experts, feed_forward: FeedForward, module: nn.Module, size: int) -> dict[str, Style]:
+    """Between the experts everything is whole on every rank, or a partial sum of all of it."""
+    inside = f"{experts.experts}."
+    plan: dict[str, Style] = {name: Dropout() for name in _dropouts(module) if not name.startswith(inside)}
+    mlps = {f"{inside}0": f"{inside}*", **{name: name for name in experts.shared}}
+    for name, pattern in mlps.items():
+        if has(module, name):
+            inner = _feed_forward_dropouts(feed_forward, module.get_submodule(name), None, size)
+            plan |= {_join(pattern, own): style for own, style in inner.items()}
+    return plan
+
+
+def _inner_dropouts(
+    module: nn.Module, inputs: tuple[str, ...], outputs: tuple[str, ...], layout: Layout | None, size: int
+) -> dict[str, Style]:
+    """Inside attention or an MLP: in adapters, on shards, and on what the row-wise layer made of them."""
+    plan: dict[str, Style] = {}
+    for name in _dropouts(module):
+        parent = name.rpartition(".")[0]
+        if parent and _adapted(module, parent):
+            plan[name] = Dropout("features" if parent in outputs else "replicate")
+            continue
+        width = next(_linear(module, output).out_features for output in _present(module, outputs))
+        sharded = {_linear(module, output).in_features for output in _present(module, outputs)}
+        sharded |= {_linear(module, layer).out_features for layer in _present(module, inputs)}
+        if size > 1 and width * size in sharded:
+            raise ValueError(
+                f"{name} is a Dropout in a {type(module).__name__} whose {width * size} hidden features are {width} on"
+                f" each of {size} ranks, as many as its output has: which of both the dropout sees is unknown. Say so:"
+                " plan = fabric_tp.auto().plan(model, tensor_parallel_size=1); plan[...] = fabric_tp.styles."
+                'Dropout("features"), or where it comes last "sequence", or "replicate" without sequence parallelism;'
+                " then use fabric_tp.from_plan(plan)."
+            )
+        plan[name] = Dropout("features", reduced_features=width, reduced_layout=layout or "replicate")
+    return plan
+
+
+def _linear(module: nn.Module, name: str) -> nn.Linear:
+    layer = module.get_submodule(_join(name, BASE) if _adapted(module, name) else name)
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+def _dropouts(module: nn.Module) -> list[str]:
+    return [name for name, each in module.named_modules() if is_dropout(each)]
+
+
+def _is_random(attention: Attention, module: nn.Module) -> bool:
+    rates = (getattr(module, name, 0.0) for name in attention.dropout_rates)
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 def _join(*names: str) -> str:

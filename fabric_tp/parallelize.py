@@ -21,6 +21,7 @@ from fabric_tp.derive import Options, derive_plan
 from fabric_tp.plan import Plan, apply_plan, check_plan, table, tied_parameters
 from fabric_tp.random import broadcast, initialize, shared_seed
 from fabric_tp.styles import VocabParallelEmbedding
+from fabric_tp.styles.dropout import follow_run, has_followers
 from fabric_tp.styles.embedding import check_sequence_length
 from fabric_tp.styles.partial import PartialGradients
 
@@ -78,6 +79,8 @@ class Parallelize:
         if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
             initialize(model, device, shared_seed(device_mesh))
         PartialGradients(model, mesh)
+        if has_followers(model):
+            follow_run(model, device_mesh, shared_seed(device_mesh))
         if device_mesh.ndim > 1:
             _torch.flatten(device_mesh)
         return model

@@ -26,6 +26,8 @@ from fabric_tp.styles import FusedColwise, Style
 from fabric_tp.styles.heads import HEADS
 from fabric_tp.styles.style import own_parameters
 
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
 Plan = dict[str, ParallelStyle]
 """Styles by the name of the module they are for; ``*`` stands for one part of a name (``"layers.*.attention.wq"``)."""
 
@@ -70,6 +72,8 @@ def check_plan(
                 divided[name] = style.divided(module)
     _check_sizes(divided, tensor_parallel_size)
     _check_coverage(plan, matched, model, derived_from)
+    if tensor_parallel_size > 1:
+        _check_dropouts(matched, model)
 
 
 def _check_overlap(matched: Mapping[str, list[tuple[str, nn.Module]]]) -> None:
@@ -115,6 +119,18 @@ def _check_coverage(
         if stacked:
             advice += f" No style splits a parameter of 3 dimensions, such as all experts in {stacked}."
         raise ValueError(f"No style of the plan covers the parameters {', '.join(missing[:4])}{more}. {advice}")
+
+
+def _check_dropouts(matched: Mapping[str, list[tuple[str, nn.Module]]], model: nn.Module) -> None:
+    """Ranks that draw masks of their own would drop different elements of what they all hold."""
+    covered = {name for modules in matched.values() for name, _ in modules}
+    for name, module in model.named_modules():
+        if isinstance(module, DROPOUTS) and module.p > 0 and name not in covered:
+            raise ValueError(
+                f"No style of the plan covers {name}, a {type(module).__name__} with p={module.p}. fabric_tp.styles."
+                "Dropout(layout) makes the masks of an nn.Dropout fit on all ranks; for other kinds of dropout there is"
+                " no style: set their p to 0."
+            )
 
 
 def _covers(style: ParallelStyle, module: nn.Module) -> list[str]:

@@ -59,6 +59,8 @@ class Attention:
     """Attributes that hold the number of key and value heads."""
     group_sizes: tuple[str, ...] = ()
     """Attributes that hold the number of query heads to each key and value head."""
+    dropout_rates: tuple[str, ...] = ()
+    """Attributes that hold the rate of dropout inside the attention's kernel."""
 
 
 @dataclass(frozen=True)

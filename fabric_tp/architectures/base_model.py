@@ -18,6 +18,7 @@ BASE_MODEL = replace(
             query_counts=(*BLOCK.attention.query_counts, "n_heads", "num_attention_heads"),
             key_value_counts=(*BLOCK.attention.key_value_counts, "n_kv_heads", "num_kv_heads"),
             group_sizes=(*BLOCK.attention.group_sizes, "n_rep", "num_kv_groups"),
+            dropout_rates=(*BLOCK.attention.dropout_rates, "dropout", "dropout_p", "attn_dropout"),
         ),
     ),
     norm="base_model.norm",

@@ -46,6 +46,7 @@ BLOCK = Block(
         query_counts=("num_heads", "config.num_attention_heads"),
         key_value_counts=("num_key_value_heads", "config.num_key_value_heads"),
         group_sizes=("num_key_value_groups",),
+        dropout_rates=("attention_dropout",),
     ),
     feed_forward=FeedForward(
         name="mlp", inputs=("gate_proj", "up_proj"), fused={"gate_up_proj": _gate_and_up}, outputs=("down_proj",)

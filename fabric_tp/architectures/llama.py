@@ -32,6 +32,7 @@ LLAMA = Architecture(
             query_counts=("n_heads", "n_local_heads"),
             key_value_counts=("n_kv_heads", "n_local_kv_heads"),
             group_sizes=("n_rep",),
+            dropout_rates=("dropout", "dropout_p", "attn_dropout", "attention_dropout"),
         ),
         feed_forward=FeedForward(name="feed_forward", inputs=("w1", "w3"), outputs=("w2",)),
     ),

@@ -1,6 +1,7 @@
 """How one module is stored and computed on one tensor-parallel rank; each file is one style."""
 
 from fabric_tp.styles.colwise import Colwise
+from fabric_tp.styles.dropout import Dropout, RandomHeads, RandomUnsharded
 from fabric_tp.styles.embedding import VocabParallelEmbedding
 from fabric_tp.styles.fused import FusedColwise
 from fabric_tp.styles.head import LMHead
@@ -16,6 +17,7 @@ from fabric_tp.styles.style import Layout, Style
 __all__ = [
     "AllHeadsNorm",
     "Colwise",
+    "Dropout",
     "FusedColwise",
     "Heads",
     "LMHead",
@@ -27,6 +29,8 @@ __all__ = [
     "ParallelResidual",
     "PrepareInput",
     "PrepareInputOutput",
+    "RandomHeads",
+    "RandomUnsharded",
     "Replicated",
     "Rowwise",
     "ScatterInput",
