@@ -1,0 +1,175 @@
+"""The recipe on two hosts: network namespaces with names of their own, joined by a virtual cable.
+
+They share their file system, as machines of a cluster do, and so `out_dir` and the cache of the data.
+"""
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from .conftest import RECIPES
+from .test_failure import rank_process, runs, wait_until
+from .test_llama3 import BIN, environment, fabric_run, losses, options, run
+
+DEADLINE = 15
+"""Seconds from the death of a rank until all are gone on both hosts."""
+
+ADDRESSES = ["10.79.0.1", "10.79.0.2"]
+
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("unshare") is None,
+    reason="network namespaces need root, ip (iproute2) and unshare (util-linux)",
+)
+
+
+class Host:
+    """What runs on it has its own network, with the other host as the only one to reach, and its own name."""
+
+    def __init__(self, index: int) -> None:
+        self.index, self.name = index, f"host{index}"
+        self.namespace, self.interface = f"fabric-tp-{os.getpid()}-{index}", f"tp{os.getpid() % 10**8}-{index}"
+
+    def ip(self, *arguments: str) -> None:
+        subprocess.run(["ip", "-n", self.namespace, *arguments], check=True, capture_output=True)
+
+    def start(self, command: list[str], log: Path) -> subprocess.Popen:
+        named = f'hostname {self.name} && exec "$@"'
+        enter = ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "sh", "-c", named, "sh"]
+        with open(log, "w") as file:
+            return subprocess.Popen(
+                [*enter, *command],
+                env={**environment(), "GLOO_SOCKET_IFNAME": self.interface},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def fabric_run(self) -> list[str]:
+        main = ["--main-address", ADDRESSES[0], "--main-port", "29400"]
+        nodes = ["--num-nodes", "2", "--node-rank", str(self.index)]
+        return [str(BIN / "fabric"), "run", "--accelerator", "cpu", "--devices", "2", *nodes, *main]
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[list[Host]]:
+    both = [Host(0), Host(1)]
+    try:
+        for host in both:
+            subprocess.run(["ip", "netns", "add", host.namespace], check=True)
+        ends = [[host.interface, "netns", host.namespace] for host in both]
+        subprocess.run(["ip", "link", "add", *ends[0], "type", "veth", "peer", "name", *ends[1]], check=True)
+        for host, address in zip(both, ADDRESSES, strict=True):
+            host.ip("addr", "add", f"{address}/24", "dev", host.interface)
+            host.ip("link", "set", "lo", "up")
+            host.ip("link", "set", host.interface, "up")
+        yield both
+    finally:
+        for host in both:
+            subprocess.run(["ip", "netns", "del", host.namespace], check=False, capture_output=True)
+
+
+@pytest.fixture
+def start(hosts: list[Host], tmp_path: Path) -> Iterator[Callable[[list[str]], list[subprocess.Popen]]]:
+    """``start(arguments)`` starts `fabric run` with them on both hosts; their outputs go to "0.log" and "1.log"."""
+    started: list[subprocess.Popen] = []
+
+    def start(arguments: list[str]) -> list[subprocess.Popen]:
+        for host in hosts:
+            started.append(host.start([*host.fabric_run(), *arguments], tmp_path / f"{host.index}.log"))
+        return started
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            for each in psutil.Process(process.pid).children(recursive=True):
+                each.kill()
+            process.kill()
+        process.wait(10)
+
+
+def training(out_dir: Path, *more: object) -> list[str]:
+    sizes = ("--data_parallel_size", 2, "--tensor_parallel_size", 2)
+    return [str(RECIPES / "llama3.py"), *options(out_dir, *sizes, *more)]
+
+
+def logs(folder: Path) -> str:
+    return "".join(f"--- {path.name}\n{path.read_text()}" for path in sorted(folder.glob("?.log")))
+
+
+def wait_for_end(started: list[subprocess.Popen], folder: Path, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while None in [process.poll() for process in started]:
+        assert time.monotonic() < end, logs(folder)
+        time.sleep(0.1)
+
+
+def test_losses_are_those_of_one_host(start: Callable, tmp_path: Path) -> None:
+    started = start(training(tmp_path / "two", "--max_steps", 10))
+    wait_for_end(started, tmp_path, 280)
+    assert [process.returncode for process in started] == [0, 0], logs(tmp_path)
+    assert "2 x 2 processes (data x tensor parallel, cpu)" in (tmp_path / "0.log").read_text()
+    run(fabric_run(4), training(tmp_path / "one", "--max_steps", 10)[1:])
+    assert len(losses(tmp_path / "two")) == 10
+    torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-6, atol=0)
+    assert (tmp_path / "two" / "final" / "lit_model.pth").is_file()
+
+
+WHERE = """
+import socket
+import torch.distributed as dist
+import fabric_tp
+
+fabric = fabric_tp.launch(fabric_tp.TensorParallelStrategy(lambda model, mesh: model))
+groups = {}
+for name in ("tensor_parallel", "data_parallel"):
+    groups[name] = [None, None]
+    dist.all_gather_object(groups[name], socket.gethostname(), fabric.strategy.device_mesh.get_group(name))
+print("groups", fabric.global_rank, *groups["tensor_parallel"], *groups["data_parallel"], flush=True)
+fabric.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_tensor_parallel_groups_stay_inside_a_host(start: Callable, tmp_path: Path) -> None:
+    script = tmp_path / "where.py"
+    script.write_text(WHERE)
+    started = start([str(script)])
+    wait_for_end(started, tmp_path, 120)
+    found = {line for line in logs(tmp_path).splitlines() if line.startswith("groups")}
+    both = "host0 host1"
+    assert found == {
+        *(f"groups 0 host0 host0 {both}", f"groups 1 host0 host0 {both}"),
+        *(f"groups 2 host1 host1 {both}", f"groups 3 host1 host1 {both}"),
+    }, logs(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["rank", "cable"])
+def test_what_happens_on_one_host_ends_both(
+    start: Callable, hosts: list[Host], tmp_path: Path, what: str, request: pytest.FixtureRequest
+) -> None:
+    more = ("--max_steps", 100_000, "--log_interval", 1, "--eval_interval", 100_000, "--save_interval", 100_000)
+    started = start(training(tmp_path / "out", *more))
+    main_log = tmp_path / "0.log"
+    wait_until(lambda: "step 3/" in main_log.read_text() or started[0].poll() is not None, 200, main_log)
+    assert [process.poll() for process in started] == [None, None], logs(tmp_path)
+    roots = [psutil.Process(process.pid) for process in started]
+    tree = [each for root in roots for each in [root, *root.children(recursive=True)]]
+    assert len(tree) >= 6
+    if what == "rank":
+        victim = rank_process(roots[1], 1, fabric_run)
+        victim.kill()
+        cause, seconds = f"Rank 3 (pid {victim.pid} on host1) was lost without a traceback", DEADLINE
+    else:
+        request.addfinalizer(lambda: hosts[1].ip("link", "set", hosts[1].interface, "up"))
+        hosts[1].ip("link", "set", hosts[1].interface, "down")
+        cause, seconds = "on host1) was lost: its machine, or the network to it, does not answer", 2 * DEADLINE
+    wait_until(lambda: not any(map(runs, tree)), seconds, main_log)
+    assert 0 not in [process.wait(5) for process in started]
+    assert cause in main_log.read_text()
