@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed._composable import checkpoint as checkpoint  # composable: leaves parameter names alone
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def all_gather(x: Tensor, group_size: int, group_name: str) -> Tensor:
@@ -44,6 +45,12 @@ def current_backward() -> int:
     return torch._C._current_graph_task_id()
 
 
+def draw() -> int:
+    """A number from torch's default CPU generator, real whatever else is fake, recorded or traced around this."""
+    with _disable_current_modes():
+        return int(torch.empty((), dtype=torch.int64, device="cpu").random_())
+
+
 def assert_on_device(condition: Tensor, message: str) -> None:
     """Fail on the device if ``condition`` is false, without making the host wait for it."""
     torch._assert_async(condition, message)
@@ -52,3 +59,17 @@ def assert_on_device(condition: Tensor, message: str) -> None:
 def flatten(mesh: DeviceMesh) -> None:
     """Let DTensor reduce over all dimensions of ``mesh`` at once (the gradient norm); it warns where it cannot."""
     mesh._flatten()
+
+
+def foreach_norms(tensors: list[Tensor], norm_type: float) -> list[Tensor]:
+    """The norm ``()`` of each tensor, in fp32 for half precision; one kernel for many tensors."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    wide = {dtype: torch.promote_types(dtype, torch.float32) for dtype in by_dtype}
+    return [norm for d, same in by_dtype.items() for norm in torch._foreach_norm(same, norm_type, dtype=wide[d])]
+
+
+def foreach_mul_(tensors: list[Tensor], factor: Tensor) -> None:
+    """Multiply each tensor by the tensor ``()`` ``factor`` in place."""
+    torch._foreach_mul_(tensors, factor)

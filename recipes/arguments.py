@@ -5,19 +5,18 @@ are found before any process meets another.
 """
 
 import difflib
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from data import TextFiles, vocabulary_size
-from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from litgpt import Config, Tokenizer
 from litgpt.config import name_to_config
 from litgpt.data import DataModule
 from torch.utils.data import DataLoader, IterableDataset
+
+from fabric_tp.launching import Launcher, detect
 
 TINY_LLAMA_3: dict[str, Any] = {
     "name": "tiny-llama-3",
@@ -67,7 +66,7 @@ class Args:
     it. The number of processes may be another one than before."""
 
     tensor_parallel_size: int | None = None
-    """How many processes split each layer. By default all of them, or what data_parallel_size leaves."""
+    """How many processes split each layer. By default all of a machine, or what data_parallel_size leaves."""
     data_parallel_size: int | None = None
     """How many groups of such processes split the batch and, by FSDP2, the parameters."""
     sequence_parallel: bool = True
@@ -105,10 +104,17 @@ class Args:
     """Decay of AdamW's mean of squared gradients."""
     max_norm: float = 1.0
     """Scale gradients down to this norm."""
+    dropout: float = 0.0
+    """Drop this share of what each attention and MLP adds, the same elements on any number of processes."""
     z_loss: float = 0.0
     """Weight of the squared logarithm of the softmax denominator. If used, the logged training loss includes it."""
     seed: int = 42
-    """Decides parameters, order of the data and sample, the same on any number of processes."""
+    """Decides parameters, order of the data, dropout and sample, the same on any number of processes."""
+
+    verify_inputs: int = 100
+    """Compare the batches of the processes that share a model at the first and at every so many; 0 never does."""
+    broadcast_inputs: bool = False
+    """Only one process of those that share a model loads data and sends it to the others."""
 
     logger_name: Literal["csv", "tensorboard", "wandb"] = "csv"
     """Where each step's figures go."""
@@ -140,41 +146,16 @@ class Sizes:
         return self.global_batch // (self.data_parallel * self.micro_batch)
 
 
-def launched_as(args: Args) -> tuple[dict[str, Any], int]:
-    """The arguments that Fabric needs under this launcher, and the number of all processes."""
-    env = os.environ
-    if env.get("LT_CLI_USED") == "1":  # `fabric run` started the processes and forbids the arguments in code
-        return {}, int(env.get("WORLD_SIZE", 1))
-    accelerator = "cuda" if torch.cuda.is_available() else "cpu"  # CUDA_VISIBLE_DEVICES="" hides GPUs
-    if TorchElasticEnvironment.detect():
-        processes, nodes = int(env["WORLD_SIZE"]), int(env["WORLD_SIZE"]) // int(env["LOCAL_WORLD_SIZE"])
-    elif SLURMEnvironment.detect():
-        processes, nodes = int(env["SLURM_NTASKS"]), int(env.get("SLURM_NNODES", 1))
-    else:  # plain python: Fabric starts as many processes as are asked for, or one for each GPU
-        wanted = (args.tensor_parallel_size or 1) * (args.data_parallel_size or 1)
-        visible = torch.cuda.device_count()
-        both_given = args.tensor_parallel_size is not None and args.data_parallel_size is not None
-        processes, nodes = (wanted if both_given else max(visible, wanted)), 1
-        if visible and processes > visible:
-            raise ValueError(
-                f"tensor_parallel_size={args.tensor_parallel_size} and data_parallel_size={args.data_parallel_size}"
-                f" need {processes} GPUs, but {visible} are visible."
-            )
-    return {"accelerator": accelerator, "devices": processes // nodes, "num_nodes": nodes}, processes
-
-
-def decide_sizes(args: Args, processes: int) -> Sizes:
+def find_launcher(args: Args) -> Launcher:
+    """What starts the processes. The parallel sizes default to all processes of a machine, or what the other leaves."""
     for name in AT_LEAST_ONE:
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")
-    tensor_parallel = args.tensor_parallel_size or max(1, processes // (args.data_parallel_size or 1))
-    data_parallel = args.data_parallel_size or max(1, processes // tensor_parallel)
-    if data_parallel * tensor_parallel != processes:
-        works = ", ".join(f"{processes // n} x {n}" for n in range(1, processes + 1) if processes % n == 0)
-        raise ValueError(
-            f"data_parallel_size x tensor_parallel_size = {data_parallel} x {tensor_parallel} ="
-            f" {data_parallel * tensor_parallel}, but there are {processes} processes. These work: {works}."
-        )
+    return detect(args.data_parallel_size, args.tensor_parallel_size)
+
+
+def decide_sizes(args: Args, launcher: Launcher) -> Sizes:
+    data_parallel = launcher.data_parallel_size
     global_batch = args.global_batch_size
     if args.global_batch_tokens is not None:
         global_batch, rest = divmod(args.global_batch_tokens, args.max_seq_length)
@@ -191,7 +172,7 @@ def decide_sizes(args: Args, processes: int) -> Sizes:
             f"The global batch of {global_batch} samples cannot be divided by data_parallel_size x micro_batch_size ="
             f" {data_parallel} x {micro_batch} = {at_once}. --global_batch_size {works} can."
         )
-    return Sizes(data_parallel, tensor_parallel, global_batch, micro_batch)
+    return Sizes(data_parallel, launcher.tensor_parallel_size, global_batch, micro_batch)
 
 
 def model_config(args: Args) -> Config:
@@ -218,6 +199,10 @@ def model_config(args: Args) -> Config:
         config = make(**args.model)
     except (AssertionError, ValueError) as error:
         raise ValueError(f"--model {args.model} does not fit {name}: litgpt cannot make a Config of it.") from error
+    if args.dropout and (config.post_attention_norm or config.post_mlp_norm):
+        raise ValueError(f"--dropout {args.dropout}: {config.name} has norms where the dropout would go. Use 0.")
+    if not 0 <= args.dropout < 1:
+        raise ValueError(f"--dropout {args.dropout} must lie in [0, 1), for example 0.1.")
     if args.max_seq_length > config.block_size:
         raise ValueError(f"max_seq_length={args.max_seq_length} is above {config.name}'s {config.block_size}.")
     return config
@@ -245,11 +230,8 @@ def check_data(
     args: Args, sizes: Sizes, config: Config, tokenizer: Tokenizer, train_data: DataLoader, val_data: DataLoader
 ) -> None:
     for name, loader in (("training", train_data), ("validation", val_data)):
-        if isinstance(loader.dataset, IterableDataset):
-            raise ValueError(
-                f"{type(args.data).__name__} streams its data: it would give the ranks of one tensor-parallel group"
-                " different samples. Use a data module with a dataset that can be indexed."
-            )
+        if isinstance(loader.dataset, IterableDataset):  # its length is not known, nor its order ours to choose
+            continue
         samples = len(loader.dataset)  # type: ignore[arg-type]
         needed = sizes.global_batch if loader is train_data else sizes.data_parallel
         if samples < needed:

@@ -1,40 +1,12 @@
-"""Distributed checkpoints of a run: written so that a crash loses none, and found again."""
+"""The checkpoints of a run, and whether they are this run's."""
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from arguments import Args, Sizes
 from litgpt import Config
-
-
-def save_checkpoint(fabric: L.Fabric, state: dict[str, Any], path: Path) -> None:
-    with replacing(fabric, path) as unfinished:
-        fabric.save(unfinished, state)
-
-
-@contextmanager
-def replacing(fabric: L.Fabric, path: Path) -> Iterator[Path]:
-    """A directory that takes the place of `path` when all ranks have written to it: a crash leaves the old one."""
-    unfinished, replaced = path.with_name(f".{path.name}.unfinished"), path.with_name(f".{path.name}.replaced")
-    if fabric.is_global_zero:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    fabric.barrier()
-    yield unfinished
-    fabric.barrier()
-    if fabric.is_global_zero:
-        shutil.rmtree(replaced, ignore_errors=True)
-        if path.exists():
-            path.rename(replaced)
-        unfinished.rename(path)
-        shutil.rmtree(replaced, ignore_errors=True)
-    fabric.barrier()
 
 
 def what_it_continues(args: Args, sizes: Sizes, config: Config) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,8 @@ class TextFiles(DataModule):
     """Where tokenizers and tokens are kept for the next run. By default ~/.cache/fabric_tp (or $XDG_CACHE_HOME)."""
     num_workers: int = 0
     """How many processes load data. Reading a sample costs microseconds, so none is needed."""
+    random_offset: bool = False
+    """Begin each training sample a random number of tokens later, so that epochs cut the text differently."""
 
     tokenizer: Tokenizer | None = field(default=None, init=False, repr=False)
     tokenizer_dir: Path | None = field(default=None, init=False, repr=False)
@@ -89,8 +92,10 @@ class TextFiles(DataModule):
     def setup(self, stage: str = "") -> None:
         if self.tokenizer is None:
             self.tokenizer, self.tokenizer_dir = Tokenizer(self.cached), self.cached
-        self.train_dataset = TokenBlocks(np.load(self.cached / "train.npy", mmap_mode="r"), self.max_seq_length)
-        self.val_dataset = TokenBlocks(np.load(self.cached / "val.npy", mmap_mode="r"), self.max_seq_length)
+        self.train_dataset = TokenBlocks(
+            self.cached / "train.npy", self.max_seq_length, random_offset=self.random_offset
+        )
+        self.val_dataset = TokenBlocks(self.cached / "val.npy", self.max_seq_length)
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.train_dataset, self.batch_size, shuffle=True, num_workers=self.num_workers)
@@ -132,21 +137,37 @@ class TextFiles(DataModule):
 
 
 class TokenBlocks(Dataset):
-    """Sample `i` is `tokens[i * T : (i + 1) * T + 1]`: T inputs and, shifted by one, their T targets."""
+    """Sample `i` is `tokens[i * T : (i + 1) * T + 1]`: T inputs and, shifted by one, their T targets.
 
-    def __init__(self, tokens: np.ndarray, max_seq_length: int) -> None:
-        self.tokens, self.max_seq_length = tokens, max_seq_length
+    With `random_offset` it begins up to T - 1 tokens later, by torch's random state.
+    """
+
+    def __init__(self, file: Path, max_seq_length: int, *, random_offset: bool = False) -> None:
+        self.file, self.max_seq_length, self.random_offset = file, max_seq_length, random_offset
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        return np.load(self.file, mmap_mode="r")
+
+    def __getstate__(self) -> dict[str, object]:
+        """For worker processes, which open the file themselves."""
+        return {name: value for name, value in vars(self).items() if name != "tokens"}
 
     def __len__(self) -> int:
-        return max(0, (len(self.tokens) - 1) // self.max_seq_length)
+        return max(0, (len(self.tokens) - 1) // self.max_seq_length - self.random_offset)
 
     def __getitem__(self, index: int) -> Tensor:
         start = index * self.max_seq_length
+        if self.random_offset:
+            start += int(torch.randint(self.max_seq_length, ()))
         return torch.from_numpy(self.tokens[start : start + self.max_seq_length + 1].astype(np.int64))
 
 
-class GlobalBatchSampler(Sampler[list[int]]):
+class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
     """The micro-batches of one data-parallel rank, for any range of steps.
+
+    It produces pairs: the number of the sample in the whole run, which `fabric_tp.data.SeededSamples` makes random
+    transforms depend on, and its index in the dataset.
 
     A step takes the next `global_batch_size` samples of the epoch's permutation, and rank r of d every d-th of
     them from the r-th on. So a step sees the same samples on every mesh and for every micro-batch size, and a
@@ -180,7 +201,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
     def __len__(self) -> int:
         return self.num_steps * (self.global_batch_size // (self.data_parallel_size * self.micro_batch_size))
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         steps_per_epoch = self.num_samples // self.global_batch_size
         current_epoch, order = -1, torch.empty(0, dtype=torch.int64)
         for step in range(self.first_step, self.first_step + self.num_steps):
@@ -189,11 +210,11 @@ class GlobalBatchSampler(Sampler[list[int]]):
                 current_epoch = epoch
                 order = torch.randperm(self.num_samples, generator=torch.Generator().manual_seed(self.seed + epoch))
             start = step_of_epoch * self.global_batch_size
-            global_batch = order[start : start + self.global_batch_size]
-            for micro_batch in global_batch[self.data_parallel_rank :: self.data_parallel_size].split(
-                self.micro_batch_size
-            ):
-                yield micro_batch.tolist()
+            global_batch = order[start : start + self.global_batch_size].tolist()
+            numbered = list(enumerate(global_batch, step * self.global_batch_size))
+            mine = numbered[self.data_parallel_rank :: self.data_parallel_size]
+            for i in range(0, len(mine), self.micro_batch_size):
+                yield mine[i : i + self.micro_batch_size]
 
 
 def split_files(files: list[Path], folder: Path, val_fraction: float) -> tuple[list[Path], list[Path]]:

@@ -11,9 +11,9 @@ trains a tiny model on the Python standard library's source files in a few minut
 """
 
 import csv
+import itertools
 import logging
 import math
-import os
 import signal
 import sys
 import threading
@@ -21,7 +21,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,29 +29,67 @@ import lightning as L
 import psutil
 import torch
 import torch.nn.functional as F
-from arguments import Args, Sizes, check_data, connect_data, decide_sizes, launched_as, model_config
-from checkpoints import check_same_run, find_checkpoint, replacing, save_checkpoint, set_aside, what_it_continues
+from arguments import Args, Sizes, check_data, connect_data, decide_sizes, find_launcher, model_config
+from checkpoints import check_same_run, find_checkpoint, set_aside, what_it_continues
 from data import GlobalBatchSampler
 from jsonargparse import auto_cli, capture_parser, set_parsing_settings
 from lightning.fabric.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.fabric.strategies import ModelParallelStrategy
 from litgpt import GPT, Config, PromptStyle, Tokenizer
 from litgpt.pretrain import initialize_weights
 from litgpt.prompts import save_prompt_style
 from litgpt.utils import copy_config_files, save_config
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 import fabric_tp
+from fabric_tp.checkpoint import replacing
+from fabric_tp.data import SeededSamples
+from fabric_tp.launching import Launcher
 
 IGNORE = -100  # targets that do not count: prompts and padding in litgpt's instruction data
 
 
+@dataclass(frozen=True)
+class Job:
+    """All that is known before processes meet."""
+
+    args: Args
+    launcher: Launcher
+    sizes: Sizes
+    config: Config
+    parallelize: fabric_tp.Parallelize
+    tokenizer: Tokenizer | None
+    checkpoint: Path | None
+    run: dict[str, Any]
+
+
 def main(args: Args) -> None:
-    # Whatever can be wrong is found before processes meet: then none of them waits for another that has given up.
-    launch, processes = launched_as(args)
-    sizes = decide_sizes(args, processes)
+    job = check(args)
+    L.seed_everything(args.seed, verbose=False)
+    strategy = fabric_tp.TensorParallelStrategy(
+        job.parallelize,
+        data_parallel_size=job.sizes.data_parallel,
+        tensor_parallel_size=job.sizes.tensor_parallel,
+        verify_inputs=args.verify_inputs,
+        broadcast_inputs=args.broadcast_inputs,
+    )
+    fabric = fabric_tp.launch(strategy, launcher=job.launcher, loggers=make_logger(args, job.config))
+    if fabric.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    with fabric.rank_zero_first(local=True):
+        args.data.prepare_data()
+    args.data.setup()
+    train(fabric, job, args.data.train_dataloader(), args.data.val_dataloader())
+    fabric.barrier()
+    torch.distributed.destroy_process_group()
+    time.sleep(0.1)  # gloo's threads need the GIL to free their last tensors, and abort a process that is exiting
+
+
+def check(args: Args) -> Job:
+    """Find whatever can be wrong before processes meet: then none of them waits for another that has given up."""
+    launcher = find_launcher(args)
+    sizes = decide_sizes(args, launcher)
     config = model_config(args)
     parallelize = fabric_tp.litgpt(
         sequence_parallel=args.sequence_parallel,
@@ -61,84 +99,58 @@ def main(args: Args) -> None:
         mixed_precision=args.mixed_precision,
     )
     with torch.device("meta"):
-        meta_model = GPT(config)
-    parallelize.check(meta_model, tensor_parallel_size=sizes.tensor_parallel, sequence_length=args.max_seq_length)
+        model = make_model(args, config)
+    parallelize.check(model, tensor_parallel_size=sizes.tensor_parallel, sequence_length=args.max_seq_length)
     tokenizer = connect_data(args, sizes)
     run = what_it_continues(args, sizes, config)
-    checkpoint = find_checkpoint(args, run)
+    return Job(args, launcher, sizes, config, parallelize, tokenizer, find_checkpoint(args, run), run)
 
-    L.seed_everything(args.seed, verbose=False)
-    strategy = ModelParallelStrategy(
-        parallelize, data_parallel_size=sizes.data_parallel, tensor_parallel_size=sizes.tensor_parallel
-    )
-    fabric = L.Fabric(strategy=strategy, loggers=make_logger(args, config), **launch)
-    if os.environ.get("LT_CLI_USED") != "1":  # under `fabric run`, Fabric() itself has done it
-        fabric.launch()
-    if fabric.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    else:  # the processes share the cores, whatever the launcher says
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // strategy.num_processes)))
 
-    with fabric.rank_zero_first(local=True):
-        args.data.prepare_data()
-    args.data.setup()
-    train_data, val_data = args.data.train_dataloader(), args.data.val_dataloader()
-    tokenizer = tokenizer or args.data.tokenizer  # type: ignore[attr-defined]
+def train(fabric: L.Fabric, job: Job, train_data: DataLoader, val_data: DataLoader) -> None:
+    args, sizes, config = job.args, job.sizes, job.config
+    tokenizer = job.tokenizer or args.data.tokenizer  # type: ignore[attr-defined]
     check_data(args, sizes, config, tokenizer, train_data, val_data)
-
     with fabric.init_module(empty_init=True):
-        gpt = GPT(config)
+        gpt = make_model(args, config)
     gpt.max_seq_length = args.max_seq_length
     initialize_weights(fabric, gpt, n_layer=config.n_layer, n_embd=config.n_embd)
     model = fabric.setup(gpt)
     optimizer = fabric.setup_optimizers(make_optimizer(args, model))
-    run["samples"] = len(train_data.dataset)
-    state = {"model": model, "optimizer": optimizer, "step": 0, "run": run}
-    if checkpoint is not None:
-        fabric.load(checkpoint, state)
-        check_same_run(checkpoint, state["run"], run)
+
+    state = {"model": model, "optimizer": optimizer, "step": 0, "run": {**job.run, "samples": number_of(train_data)}}
+    streamed = fabric.setup_dataloaders(train_data) if number_of(train_data) is None else None
+    if hasattr(streamed, "state_dict"):
+        state["train_data"] = streamed
+    if job.checkpoint is not None:
+        fabric.load(job.checkpoint, loaded := dict(state))
+        check_same_run(job.checkpoint, loaded["run"], state["run"])
+        state["step"] = loaded["step"]
     elif args.initial_checkpoint_dir is not None:
         fabric_tp.checkpoint.litgpt.load(gpt, args.initial_checkpoint_dir / "lit_model.pth")
     first_step = state["step"]
-
     if fabric.is_global_zero:
-        continues = checkpoint is not None and checkpoint.parent.resolve() == args.out_dir.resolve()
+        continues = job.checkpoint is not None and job.checkpoint.parent.resolve() == args.out_dir.resolve()
         set_aside(args.out_dir, after=first_step if continues else 0)
         continue_csv(fabric.logger, args.out_dir, first_step)
-    fabric.print(
-        f"{config.name}: {sum(p.numel() for p in gpt.parameters()) / 1e6:,.1f} M parameters on {sizes.data_parallel} x"
-        f" {sizes.tensor_parallel} processes (data x tensor parallel, {fabric.device.type})\n"
-        f"{type(args.data).__name__}: {len(train_data.dataset):,} samples of {args.max_seq_length} tokens for training,"
-        f" {len(val_data.dataset):,} for validation\n"
-        f"steps {first_step + 1} to {args.max_steps}, {sizes.global_batch} samples ="
-        f" {sizes.global_batch * args.max_seq_length:,} tokens each, {sizes.accumulate} x {sizes.micro_batch} samples"
-        f" per data-parallel rank\n"
-        f"out_dir: {args.out_dir}" + (f", resumed from {checkpoint}" if checkpoint else ""),
-        flush=True,
+    fabric.print(description(fabric, job, gpt, first_step, train_data, val_data), flush=True)
+
+    steps = max(0, args.max_steps - first_step)
+    train_batches = (
+        in_global_order(fabric, sizes, train_data, seed=args.seed, first_step=first_step, num_steps=steps)
+        if streamed is None
+        else over_and_over(streamed)
     )
-    train_batches = in_global_order(
-        fabric, sizes, train_data, seed=args.seed, first_step=first_step, num_steps=max(0, args.max_steps - first_step)
-    )
-    val_samples = len(val_data.dataset)
-    val_sizes = sizes
-    if val_samples < sizes.global_batch:  # then all of them, as far as they can be divided
-        val_sizes = replace(sizes, global_batch=val_samples - val_samples % sizes.data_parallel, micro_batch=1)
-    val_steps = min(args.eval_steps, val_samples // val_sizes.global_batch)
-    val_batches = in_global_order(fabric, val_sizes, val_data, seed=0, first_step=0, num_steps=val_steps)
     with stop_after_step() as stop:
-        fit(fabric, args, sizes, state, train_batches, val_batches, tokenizer, stop)
+        fit(fabric, args, sizes, state, train_batches, validation(fabric, args, sizes, val_data), tokenizer, stop)
         stopped = state["step"] < args.max_steps
         if stopped:
             path = args.out_dir / f"step-{state['step']:08d}"
-            save_checkpoint(fabric, state, path)
+            fabric.save(path, state)
             fabric.print(f"Stopped after step {state['step']} and saved {path}. Continue with --resume auto")
         else:
             save_final(fabric, args, config, gpt)
     if not stopped:
         print_sample(fabric, args, gpt, tokenizer)
-    fabric.barrier()
-    torch.distributed.destroy_process_group()
-    time.sleep(0.1)  # gloo's threads need the GIL to free their last tensors, and abort a process that is exiting
 
 
 def fit(
@@ -153,6 +165,7 @@ def fit(
 ) -> None:
     """Train from `state["step"]` to `max_steps`, or to the end of the step in which any process was asked to stop."""
     model, optimizer = state["model"], state["optimizer"]
+    mesh = fabric.strategy.device_mesh  # type: ignore[attr-defined]
     micro_batches = iter(train_batches)
     bar = tqdm(
         total=args.max_steps,
@@ -182,10 +195,9 @@ def fit(
             group["lr"] = lr
 
         # The mean is taken over the targets of the global batch, of which instruction data gives each rank and
-        # micro-batch another number. FSDP2 averages over data-parallel ranks: hence the mean number, not the sum.
+        # micro-batch another number.
         batch = [inputs_and_targets(args, sizes, next(micro_batches)) for _ in range(sizes.accumulate)]
-        num_targets = torch.stack([(targets != IGNORE).sum() for _, targets in batch]).sum().float()
-        num_targets = reduce(fabric, num_targets, "mean").clamp(min=1)
+        num_targets = fabric_tp.count_targets((targets for _, targets in batch), mesh)
         loss = torch.zeros((), device=fabric.device)
         for i, (inputs, targets) in enumerate(batch):
             with fabric.no_backward_sync(model, enabled=i < sizes.accumulate - 1):
@@ -194,7 +206,7 @@ def fit(
                 fabric.backward(part)
             loss += part.detach()
         gradient_norm = fabric.clip_gradients(model, optimizer, max_norm=args.max_norm)
-        assert gradient_norm is not None
+        assert gradient_norm is not None  # since max_norm was given
         optimizer.step()
         optimizer.zero_grad()
 
@@ -220,7 +232,7 @@ def fit(
         if stopping:
             break
         if state["step"] % args.save_interval == 0:
-            save_checkpoint(fabric, state, args.out_dir / f"step-{state['step']:08d}")
+            fabric.save(args.out_dir / f"step-{state['step']:08d}", state)
     bar.close()
 
 
@@ -261,6 +273,11 @@ def inputs_and_targets(args: Args, sizes: Sizes, batch: Any) -> tuple[Tensor, Te
     return F.pad(inputs, (0, padding), value=0), F.pad(targets, (0, padding), value=IGNORE)
 
 
+def number_of(loader: DataLoader) -> int | None:
+    """Its samples; None if they are streamed."""
+    return None if isinstance(loader.dataset, IterableDataset) else len(loader.dataset)  # type: ignore[arg-type]
+
+
 def in_global_order(
     fabric: L.Fabric, sizes: Sizes, loader: DataLoader, *, seed: int, first_step: int, num_steps: int
 ) -> DataLoader:
@@ -277,13 +294,51 @@ def in_global_order(
         num_steps=num_steps,
     )
     loader = DataLoader(
-        loader.dataset,
+        SeededSamples(loader.dataset, seed),
         batch_sampler=sampler,
         collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
+        # A worker forked from this process may find a lock for ever taken that one of its threads held at the time.
+        multiprocessing_context="forkserver" if loader.num_workers else None,
+        persistent_workers=loader.num_workers > 0,
         pin_memory=fabric.device.type == "cuda",
     )
     return fabric.setup_dataloaders(loader, use_distributed_sampler=False)  # type: ignore[return-value]
+
+
+def validation(fabric: L.Fabric, args: Args, sizes: Sizes, loader: DataLoader) -> Iterable[Any]:
+    """The same batches every time, at most ``eval_steps`` global ones."""
+    samples = number_of(loader)
+    if samples is None:
+        return FirstBatches(fabric.setup_dataloaders(loader), args.eval_steps * sizes.accumulate)
+    if samples < sizes.global_batch:  # then all of them, as far as they can be divided
+        sizes = replace(sizes, global_batch=samples - samples % sizes.data_parallel, micro_batch=1)
+    steps = min(args.eval_steps, samples // sizes.global_batch)
+    return in_global_order(fabric, sizes, loader, seed=0, first_step=0, num_steps=steps)
+
+
+@dataclass(frozen=True)
+class FirstBatches:
+    loader: Iterable[Any]
+    number: int
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(self.loader, self.number)
+
+
+def over_and_over(loader: Iterable[Any]) -> Iterator[Any]:
+    while True:
+        yield from loader
+
+
+def make_model(args: Args, config: Config) -> GPT:
+    model = GPT(config)
+    if args.dropout:
+        for block in model.transformer.h:  # type: ignore[union-attr]
+            # litgpt has no dropout. Here is where other models have theirs, and where nothing is unless the model has
+            # norms there.
+            block.post_attention_norm, block.post_mlp_norm = nn.Dropout(args.dropout), nn.Dropout(args.dropout)
+    return model
 
 
 def make_optimizer(args: Args, model: nn.Module) -> torch.optim.Optimizer:
@@ -317,7 +372,7 @@ def stop_after_step() -> Iterator[threading.Event]:
 
 def save_final(fabric: L.Fabric, args: Args, config: Config, model: nn.Module) -> None:
     """The files that litgpt's commands expect."""
-    with replacing(fabric, args.out_dir / "final") as unfinished:
+    with replacing(args.out_dir / "final", moves=fabric.is_global_zero, barrier=fabric.barrier) as unfinished:
         fabric_tp.checkpoint.litgpt.save(model, unfinished / "lit_model.pth")
         if not fabric.is_global_zero:
             return
@@ -329,6 +384,26 @@ def save_final(fabric: L.Fabric, args: Args, config: Config, model: nn.Module) -
 
 
 # Logs
+
+
+def description(
+    fabric: L.Fabric, job: Job, model: nn.Module, first_step: int, train_data: DataLoader, val_data: DataLoader
+) -> str:
+    args, sizes = job.args, job.sizes
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    numbers = [
+        f"{n:,} samples" if (n := number_of(data)) is not None else "a stream" for data in (train_data, val_data)
+    ]
+    return (
+        f"{job.config.name}: {parameters:,.1f} M parameters on {sizes.data_parallel} x {sizes.tensor_parallel}"
+        f" processes (data x tensor parallel, {fabric.device.type})\n"
+        f"{type(args.data).__name__}: {numbers[0]} of {args.max_seq_length} tokens for training, {numbers[1]} for"
+        f" validation\n"
+        f"steps {first_step + 1} to {args.max_steps}, {sizes.global_batch} samples ="
+        f" {sizes.global_batch * args.max_seq_length:,} tokens each, {sizes.accumulate} x {sizes.micro_batch} samples"
+        f" per data-parallel rank\n"
+        f"out_dir: {args.out_dir}" + (f", resumed from {job.checkpoint}" if job.checkpoint else "")
+    )
 
 
 def make_logger(args: Args, config: Config) -> Logger:

@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 import fabric_tp
 from fabric_tp.shards import gather_shards
+from tests.fabric import torchrun_environment
 from tests.models import LENGTH, VOCABULARY, build, litgpt_config
 
 STEPS, ACCUMULATE, BATCH = 3, 2, 4
@@ -33,12 +34,6 @@ def fabric_on_this_rank(
     fabric = L.Fabric(accelerator="cpu", devices=dp * tp, strategy=strategy, precision=precision)  # type: ignore[arg-type]
     fabric.launch()
     return fabric
-
-
-def torchrun_environment() -> dict[str, str]:
-    rank, size = str(torch.distributed.get_rank()), str(torch.distributed.get_world_size())
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": "0"}
-    return {**names, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "test"}
 
 
 def train(

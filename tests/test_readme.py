@@ -10,8 +10,9 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from tests.test_parallelize import torchrun_environment
+from tests.fabric import torchrun_environment
 
 BLOCKS = re.findall(r"```python\n(.*?)```", Path(__file__).parents[1].joinpath("README.md").read_text(), re.DOTALL)
 
@@ -20,13 +21,14 @@ def train() -> float:
     """The training loop of the README, on a smaller model, a smaller mesh, and batches for it."""
     script = BLOCKS[0]
     for shown, here in {
-        "data_parallel_size=2, tensor_parallel_size=4": "data_parallel_size=1, tensor_parallel_size=2",
-        "L.Fabric(strategy": "L.Fabric(accelerator='cpu', devices=2, strategy",
+        "data_parallel_size=2": "data_parallel_size=1",
+        "fabric_tp.launch(strategy)": "fabric_tp.launch(strategy, accelerator='cpu')",
+        "tensor_parallel_size=4)": "tensor_parallel_size=2, fail_together=False)",
         'GPT.from_name("Llama-3.2-1B")': 'GPT.from_name("Llama-3.2-1B", n_layer=1, n_embd=64, intermediate_size=64)',
     }.items():
         assert shown in script, f"the README no longer says {shown}"
         script = script.replace(shown, here)
-    names: dict[str, Any] = {"batches": [torch.arange(34).view(2, 17)] * 3}
+    names: dict[str, Any] = {"dataloader": DataLoader(torch.arange(34).view(2, 17).repeat(3, 1), batch_size=2)}
     with mock.patch.dict(os.environ, torchrun_environment()):
         exec(script, names)
     return float(names["loss"])

@@ -196,8 +196,15 @@ def steps(
         assert len(micro_batches) == len(sampler) == num_steps * accumulate
         assert all(len(micro_batch) == micro_batch_size for micro_batch in micro_batches)
         for i, micro_batch in enumerate(micro_batches):
-            result[i // accumulate] += micro_batch
+            result[i // accumulate] += [index for _, index in micro_batch]
     return [sorted(step) for step in result]
+
+
+def test_samples_are_numbered_over_the_run() -> None:
+    options = {"global_batch_size": 6, "data_parallel_size": 2, "seed": 0, "num_steps": 2, "first_step": 3}
+    ranks = [GlobalBatchSampler(20, micro_batch_size=3, data_parallel_rank=rank, **options) for rank in (0, 1)]
+    numbers = [[number for batch in rank for number, _ in batch] for rank in ranks]
+    assert numbers == [[18, 20, 22, 24, 26, 28], [19, 21, 23, 25, 27, 29]]
 
 
 @pytest.mark.parametrize(("data_parallel_size", "micro_batch_size"), [(1, 6), (2, 12), (2, 3), (3, 2), (4, 1)])

@@ -10,10 +10,11 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
-from arguments import Args, decide_sizes, launched_as, model_config
+from arguments import Args, Sizes, decide_sizes, find_launcher, model_config
 from data import GlobalBatchSampler, TextFiles
 from litgpt import GPT, Config
 from llama3 import command_line, inputs_and_targets, learning_rate
@@ -25,14 +26,14 @@ from .conftest import RECIPES
 BIN = Path(sys.executable).parent
 MODEL = {"n_layer": 2, "n_embd": 64, "intermediate_size": 128, "vocab_size": 512}
 COLUMNS = {"step", "loss", "val_loss", "learning_rate", "tokens_per_second", "gradient_norm", "memory"}
-STEPS = 20
+STEPS = 30
 
 
 def options(out_dir: Path, *more: object) -> list[str]:
     text = {"path": Path(sysconfig.get_path("stdlib")) / "email", "pattern": "*.py", "val_fraction": 0.2}
-    text |= {"vocab_size": 512, "cache_dir": out_dir.parent / "cache"}
+    text |= {"vocab_size": 512, "cache_dir": out_dir.parent / "cache", "random_offset": "true"}
     given = {f"model.{name}": value for name, value in MODEL.items()} | {f"data.{k}": v for k, v in text.items()}
-    given |= {"out_dir": out_dir, "max_steps": STEPS, "global_batch_size": 8, "micro_batch_size": 4}
+    given |= {"out_dir": out_dir, "max_steps": STEPS, "global_batch_size": 8, "micro_batch_size": 4, "dropout": 0.1}
     given |= {"max_seq_length": 64, "warmup_steps": 5, "save_interval": 10, "eval_interval": 10, "eval_steps": 2}
     return [str(part) for name, value in given.items() for part in (f"--{name}", value)] + [str(part) for part in more]
 
@@ -93,28 +94,38 @@ def run_1x2(folder: Path, run_1x1: object) -> tuple[Path, str]:
 # Training
 
 
-def test_all_meshes_and_launchers_have_the_same_losses(
-    folder: Path, run_1x1: tuple[Path, str], run_1x2: tuple[Path, str]
-) -> None:
-    run(torchrun(2), options(folder / "2x1", "--data_parallel_size", 2, "--micro_batch_size", 2))
-    run(python(), options(folder / "2x2", "--data_parallel_size", 2, "--tensor_parallel_size", 2))
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("mesh", ["1x1", "1x2", "1x4", "2x1", "2x2"])
+def test_losses_are_those_of_one_device(folder: Path, run_1x1: tuple[Path, str], mesh: str, accumulate: int) -> None:
+    """With dropout, and with samples that worker processes change at random; the reference has no workers."""
+    dp, tp = map(int, mesh.split("x"))
+    out_dir = folder / f"{mesh}-{accumulate}"
+    more = ["--data_parallel_size", dp, "--tensor_parallel_size", tp, "--micro_batch_size", 8 // dp // accumulate]
+    more += ["--data.num_workers", 2 if mesh == "1x1" else 1]
+    run(torchrun(2) if mesh == "2x1" else python(), options(out_dir, *more))
     reference = losses(run_1x1[0])
     assert len(reference) == STEPS
     assert reference[-1] < 0.9 * reference[0]
-    for mesh in ("1x2", "2x1", "2x2"):
-        torch.testing.assert_close(losses(folder / mesh), reference, rtol=1e-4, atol=0)
-        for one, other in zip(rows(folder / mesh), rows(run_1x1[0]), strict=True):
-            assert float(one["gradient_norm"]) == pytest.approx(float(other["gradient_norm"]), rel=1e-3)
-            assert one["val_loss"] == other["val_loss"] == "" or (
-                float(one["val_loss"]) == pytest.approx(float(other["val_loss"]), rel=1e-4)
-            )
+    torch.testing.assert_close(losses(out_dir), reference, rtol=1e-4, atol=0)
+    for one, other in zip(rows(out_dir), rows(run_1x1[0]), strict=True):
+        assert float(one["gradient_norm"]) == pytest.approx(float(other["gradient_norm"]), rel=1e-3)
+        assert one["val_loss"] == other["val_loss"] == "" or (
+            float(one["val_loss"]) == pytest.approx(float(other["val_loss"]), rel=1e-4)
+        )
+
+
+def test_dropout_and_random_samples_change_the_losses(folder: Path, run_1x1: tuple[Path, str]) -> None:
+    """So that their sameness on all meshes means something."""
+    for name, value in (("dropout", 0), ("data.random_offset", "false")):
+        run(python(), options(folder / f"no-{name}", "--max_steps", 3, f"--{name}", value))
+        assert (losses(folder / f"no-{name}") - losses(run_1x1[0])[:3]).abs().max() > 1e-3
 
 
 def test_log_has_every_step_and_column(run_1x2: tuple[Path, str]) -> None:
     written = rows(run_1x2[0])
     assert set(written[0]) == COLUMNS
     assert [int(row["step"]) for row in written] == list(range(1, STEPS + 1))
-    assert [int(row["step"]) for row in written if row["val_loss"]] == [1, 10, 20]
+    assert [int(row["step"]) for row in written if row["val_loss"]] == [1, 10, 20, 30]
     assert all(float(row[name]) > 0 for row in written for name in COLUMNS - {"val_loss"})
     assert [path.parent for path in run_1x2[0].rglob("metrics.csv")] == [run_1x2[0] / "logs"]
 
@@ -122,7 +133,7 @@ def test_log_has_every_step_and_column(run_1x2: tuple[Path, str]) -> None:
 def test_output(run_1x2: tuple[Path, str]) -> None:
     out_dir, output = run_1x2
     assert "1 x 2 processes (data x tensor parallel, cpu)" in output
-    assert "step 20/20: validation loss" in output
+    assert "step 30/30: validation loss" in output
     assert "bits/byte" in output
     assert "tokens/s, 0." in output  # the bar
     assert f"out_dir: {out_dir}" in output
@@ -142,7 +153,7 @@ def test_validation_loss_is_that_of_one_device_with_the_final_weights(run_1x2: t
     order = GlobalBatchSampler(
         len(args.data.val_dataset), global_batch_size=8, micro_batch_size=16, **mesh, seed=0, num_steps=2
     )
-    samples = torch.stack([args.data.val_dataset[i] for batch in order for i in batch])
+    samples = torch.stack([args.data.val_dataset[i] for batch in order for _, i in batch])
     with torch.no_grad():
         loss = torch.nn.functional.cross_entropy(model(samples[:, :-1]).flatten(0, 1), samples[:, 1:].flatten())
     assert loss.item() == pytest.approx(float(rows(out_dir)[-1]["val_loss"]), rel=1e-5)
@@ -185,7 +196,7 @@ def test_hyperparameters_can_be_read_as_a_config(run_1x2: tuple[Path, str]) -> N
 
 def interrupted_copy(out_dir: Path, copy: Path) -> Path:
     """What `out_dir` looked like after a crash in step 13, while a checkpoint was being written."""
-    shutil.copytree(out_dir, copy, ignore=shutil.ignore_patterns("final", "step-00000020", "logs"))
+    shutil.copytree(out_dir, copy, ignore=shutil.ignore_patterns("final", "step-00000020", "step-00000030", "logs"))
     (copy / ".step-00000020.unfinished").mkdir()
     (copy / "step-00000013").mkdir()  # not complete
     (copy / "logs").mkdir()
@@ -217,7 +228,7 @@ def test_a_new_run_moves_an_earlier_one_aside(folder: Path, run_1x1: tuple[Path,
     assert {path.name for path in out_dir.iterdir()} == {"logs", "final", "previous-1"}
     assert len(rows(out_dir)) == 2
     assert len(rows(out_dir / "previous-1")) == STEPS
-    assert (out_dir / "previous-1" / "step-00000020" / "meta.pt").is_file()
+    assert (out_dir / "previous-1" / "step-00000030" / "meta.pt").is_file()
 
 
 @pytest.mark.parametrize("launcher", [python, fabric_run])
@@ -259,6 +270,12 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder: Path, run_1x1: object, launc
 # Mistakes
 
 
+def sizes_of(args: Args, processes: int) -> Sizes:
+    """What the recipe decides under `fabric run --devices PROCESSES`."""
+    with mock.patch.dict(os.environ, {"LT_CLI_USED": "1", "WORLD_SIZE": str(processes)}):
+        return decide_sizes(args, find_launcher(args))
+
+
 def test_a_mistake_ends_all_processes(folder: Path) -> None:
     command = [*fabric_run(2), str(RECIPES / "llama3.py"), *options(folder / "bad", "--data_parallel_size", "4")]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
@@ -285,7 +302,7 @@ def test_a_mistake_ends_all_processes(folder: Path) -> None:
 )
 def test_sizes_that_do_not_fit(given: dict[str, int], processes: int, match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        decide_sizes(Args(**given), processes)  # type: ignore[arg-type]
+        sizes_of(Args(**given), processes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -298,39 +315,8 @@ def test_sizes_that_do_not_fit(given: dict[str, int], processes: int, match: str
     ],
 )
 def test_sizes(given: dict[str, int], processes: int, expected: tuple[int, ...]) -> None:
-    sizes = decide_sizes(Args(**given), processes)  # type: ignore[arg-type]
+    sizes = sizes_of(Args(**given), processes)  # type: ignore[arg-type]
     assert (sizes.data_parallel, sizes.tensor_parallel, sizes.global_batch, sizes.micro_batch) == expected
-
-
-@pytest.mark.parametrize(
-    ("env", "given", "expected"),
-    [
-        ({}, {}, ({"accelerator": "cpu", "devices": 1, "num_nodes": 1}, 1)),
-        ({}, {"tensor_parallel_size": 2}, ({"accelerator": "cpu", "devices": 2, "num_nodes": 1}, 2)),
-        ({"LT_CLI_USED": "1", "WORLD_SIZE": "4"}, {}, ({}, 4)),
-        (
-            {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"},
-            {},
-            ({"accelerator": "cpu", "devices": 4, "num_nodes": 2}, 8),
-        ),
-        (
-            {"SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "train"},
-            {},
-            ({"accelerator": "cpu", "devices": 4, "num_nodes": 2}, 8),
-        ),
-    ],
-    ids=["python", "python with sizes", "fabric run", "torchrun", "srun"],
-)
-def test_launchers(
-    monkeypatch: pytest.MonkeyPatch, env: dict[str, str], given: dict[str, int], expected: tuple[dict[str, object], int]
-) -> None:
-    for name in ("LT_CLI_USED", "TORCHELASTIC_RUN_ID", "SLURM_NTASKS"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert launched_as(Args(**given)) == expected  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -341,6 +327,11 @@ def test_launchers(
         (["--model.n_head", "7"], r"does not fit tiny-llama-3"),
         (["--max_seq_length", "2048"], r"max_seq_length=2048 is above tiny-llama-3's 1024"),
         (["--initial_checkpoint_dir", "nowhere"], r"nowhere holds no lit_model.pth"),
+        (["--dropout", "1"], r"--dropout 1.0 must lie in \[0, 1\)"),
+        (
+            ["--dropout", "0.1", "--model_name", "Gemma-2-2b", "--model.block_size", "256"],
+            r"Gemma-2-2b has norms where",
+        ),
     ],
 )
 def test_models_that_do_not_work(given: list[str], match: str) -> None:
@@ -360,7 +351,7 @@ def test_tiny_config_is_the_default() -> None:
 def test_configs(name: str) -> None:
     args = command_line(["--config", str(RECIPES / "llama3" / f"{name}.yaml")])
     for groups in (1, 2):
-        decide_sizes(args, groups * (args.tensor_parallel_size or 1))
+        sizes_of(args, groups * (args.tensor_parallel_size or 1))
     with torch.device("meta"):
         model = GPT(model_config(args))
     fabric_tp.litgpt().check(
@@ -383,6 +374,6 @@ def test_instruction_data_is_shifted_and_padded() -> None:
         "input_ids": torch.tensor([[1, 2, 3, 4, 5, 6], [1, 2, 3, 0, 0, 0]]),
         "labels": torch.tensor([[-100, -100, 3, 4, 5, 6], [-100, 2, 3, -100, -100, -100]]),
     }
-    inputs, targets = inputs_and_targets(args, decide_sizes(args, 4), batch)
+    inputs, targets = inputs_and_targets(args, sizes_of(args, 4), batch)
     assert inputs.tolist() == [[1, 2, 3, 4, 5, 0, 0, 0], [1, 2, 3, 0, 0, 0, 0, 0]]
     assert targets.tolist() == [[-100, 3, 4, 5, 6, *[-100] * 3], [2, 3, *[-100] * 6]]
