@@ -14,6 +14,8 @@ from fabric_tp.architectures.architecture import (
     FeedForward,
     HeadCounts,
 )
+from fabric_tp.architectures.lean_litgpt import LEAN
+from fabric_tp.lean import TORCH
 
 
 def _counts(attention: nn.Module) -> HeadCounts:
@@ -72,4 +74,5 @@ LITGPT = Architecture(
     ),
     norm="transformer.ln_f",
     head="lm_head",
+    lean={**TORCH, **LEAN},
 )
