@@ -2,10 +2,11 @@
 
 from lightning.fabric.strategies import STRATEGY_REGISTRY
 
-from fabric_tp import checkpoint, data, random, styles
+from fabric_tp import checkpoint, data, optimizer, random, styles
+from fabric_tp.estimate import estimate
 from fabric_tp.generate import generate
 from fabric_tp.launching import launch
-from fabric_tp.loss import count_targets, cross_entropy
+from fabric_tp.loss import count_targets, cross_entropy, linear_cross_entropy
 from fabric_tp.parallelize import Parallelize, auto, feed_forward, from_plan, litgpt, llama
 from fabric_tp.strategy import TensorParallelStrategy
 
@@ -19,12 +20,15 @@ __all__ = [
     "count_targets",
     "cross_entropy",
     "data",
+    "estimate",
     "feed_forward",
     "from_plan",
     "generate",
     "launch",
+    "linear_cross_entropy",
     "litgpt",
     "llama",
+    "optimizer",
     "random",
     "styles",
 ]

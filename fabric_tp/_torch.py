@@ -3,30 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily as unset_fake_temporarily
 from torch.distributed._composable import checkpoint as checkpoint  # composable: leaves parameter names alone
 from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.hooks import RemovableHandle
+
+Subclass = TypeVar("Subclass", bound=Tensor)
+
+
+def start_all_gather(x: Tensor, group_size: int, group_name: str) -> Tensor:
+    """As :func:`all_gather`; the result is there after :func:`wait`. Functional, so that the compiler can trace it."""
+    return torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), group_size, group_name)
+
+
+def start_reduce_scatter(x: Tensor, group_size: int, group_name: str) -> Tensor:
+    """As :func:`reduce_scatter`; the result is there after :func:`wait`."""
+    return torch.ops._c10d_functional.reduce_scatter_tensor(x.contiguous(), "sum", group_size, group_name)
+
+
+def start_all_reduce(x: Tensor, group_name: str, op: str = "sum") -> Tensor:
+    """As :func:`all_reduce`; the result is there after :func:`wait`."""
+    return torch.ops._c10d_functional.all_reduce(x.contiguous(), op, group_name)
+
+
+def wait(x: Tensor) -> Tensor:
+    return torch.ops._c10d_functional.wait_tensor(x)
 
 
 def all_gather(x: Tensor, group_size: int, group_name: str) -> Tensor:
-    """``(n, ...)`` on each rank -> ``(group_size * n, ...)``. Functional, so that ``torch.compile`` can trace it."""
-    out = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), group_size, group_name)
-    return torch.ops._c10d_functional.wait_tensor(out)
+    """``(n, ...)`` on each rank -> ``(group_size * n, ...)``."""
+    return wait(start_all_gather(x, group_size, group_name))
 
 
 def reduce_scatter(x: Tensor, group_size: int, group_name: str) -> Tensor:
     """``(group_size * n, ...)`` on each rank -> this rank's ``(n, ...)`` of the sum."""
-    out = torch.ops._c10d_functional.reduce_scatter_tensor(x.contiguous(), "sum", group_size, group_name)
-    return torch.ops._c10d_functional.wait_tensor(out)
+    return wait(start_reduce_scatter(x, group_size, group_name))
 
 
 def all_reduce(x: Tensor, group_name: str, op: str = "sum") -> Tensor:
     """``(...)`` on each rank -> ``(...)`` of the sum (or ``op``) over the ranks, in a new tensor."""
-    out = torch.ops._c10d_functional.all_reduce(x.contiguous(), op, group_name)
-    return torch.ops._c10d_functional.wait_tensor(out)
+    return wait(start_all_reduce(x, group_name, op))
 
 
 COLLECTIVE_RESULTS = (
@@ -51,6 +76,40 @@ def draw() -> int:
         return int(torch.empty((), dtype=torch.int64, device="cpu").random_())
 
 
+def function_of(x: Tensor) -> type[torch.autograd.Function] | None:
+    """The ``torch.autograd.Function`` that made ``x``; its node, ``x.grad_fn``, is the ``ctx`` of its forward."""
+    return getattr(x.grad_fn, "_forward_cls", None)
+
+
+def activation_backward(name: str, grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of ``x``, from that of ``silu(x)``, ``gelu(x)`` or ``gelu(x, approximate="tanh")``."""
+    if name == "silu":
+        return torch.ops.aten.silu_backward(grad, x)
+    return torch.ops.aten.gelu_backward(grad, x, approximate="tanh" if name == "gelu_tanh" else "none")
+
+
+def layer_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    shape: tuple[int, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    needed: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of ``x``, ``weight`` and ``bias``, of those ``needed``."""
+    _, mean, inverse = torch.ops.aten.native_layer_norm(x, shape, weight, bias, eps)
+    return torch.ops.aten.native_layer_norm_backward(grad, x, shape, mean, inverse, weight, bias, needed)
+
+
+def flash_attention_takes_groups(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether causal attention with fewer key and value heads than query heads runs without a matrix of all scores."""
+    if not q.is_cuda:
+        return True
+    parameters = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, True)
+    return torch.backends.cuda.can_use_flash_attention(parameters)
+
+
 def assert_on_device(condition: Tensor, message: str) -> None:
     """Fail on the device if ``condition`` is false, without making the host wait for it."""
     torch._assert_async(condition, message)
@@ -73,3 +132,33 @@ def foreach_norms(tensors: list[Tensor], norm_type: float) -> list[Tensor]:
 def foreach_mul_(tensors: list[Tensor], factor: Tensor) -> None:
     """Multiply each tensor by the tensor ``()`` ``factor`` in place."""
     torch._foreach_mul_(tensors, factor)
+
+
+def register_first_step_post_hook(optimizer: Optimizer, hook: Callable[..., None]) -> RemovableHandle:
+    """Like ``optimizer.register_step_post_hook``, but ``hook`` runs before those that are there."""
+    handle = optimizer.register_step_post_hook(hook)
+    optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
+    return handle
+
+
+def is_fake(x: Tensor) -> bool:
+    """Whether ``x`` has a shape and no values, as in a step that only counts memory."""
+    return x.is_meta or isinstance(x, FakeTensor)
+
+
+def without_memory(cls: type[Subclass], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Subclass:
+    """A tensor that is nothing but its shape; its class must define ``__torch_dispatch__``."""
+    return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+
+
+def group_name(argument: object) -> str | None:
+    """The process group's name, if that is what this argument of a collective's operator is."""
+    if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in argument._type().name():  # type: ignore[attr-defined]
+        argument = torch.distributed.ProcessGroup.unbox(argument)  # type: ignore[attr-defined]
+    if isinstance(argument, torch.distributed.ProcessGroup):
+        return argument.group_name
+    return argument if isinstance(argument, str) and argument not in REDUCTIONS else None
+
+
+REDUCTIONS = ("sum", "avg", "product", "min", "max", "band", "bor", "bxor")
+"""What the functional collectives call the ways to reduce."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from fabric_tp.architectures import Architecture, Attention, Block, Experts, FeedForward
 from fabric_tp.architectures.architecture import children, find_feed_forwards, has
+from fabric_tp.lean import Table
 from fabric_tp.plan import Plan
 from fabric_tp.styles import (
     AllHeadsNorm,
@@ -37,6 +39,7 @@ from fabric_tp.styles import (
     VocabParallelEmbedding,
 )
 from fabric_tp.styles.dropout import is_dropout
+from fabric_tp.styles.style import mixed
 
 BASE = "linear"
 """What an adapter calls the linear layer that it changes."""
@@ -46,7 +49,9 @@ BASE = "linear"
 class Options:
     tensor_parallel_size: int
     sequence_parallel: bool = True
+    regather: bool = True
     loss_parallel: bool = True
+    fused_loss: bool = False
     replicate_attention: bool = False
 
     @property
@@ -84,10 +89,13 @@ def derive_plan(architecture: Architecture, model: nn.Module, options: Options) 
         plan[next(iter(blocks))] = ScatterInput()
     plan |= _blocks(architecture.blocks, {name: _block(architecture.block, b, options) for name, b in blocks.items()})
     plan[architecture.norm] = Replicated(options.layout)
-    head = LowRankHead if _adapted(model, architecture.head) else LMHead
-    plan |= _layer(
-        model, architecture.head, head(loss_parallel=options.loss_parallel, input_layout=options.layout), _COLWISE
-    )
+    loss: Any = {"loss_parallel": options.loss_parallel, "input_layout": options.layout}
+    if _adapted(model, architecture.head):
+        head: LMHead = LowRankHead(**loss)
+    else:
+        head = LMHead(**loss, fused_loss=options.fused_loss)
+    head.regather = options.regather
+    plan |= _layer(model, architecture.head, head, _COLWISE)
     return plan | _outer_dropouts(architecture, model, options)
 
 
@@ -109,28 +117,31 @@ def _block(block: Block, module: nn.Module, options: Options) -> dict[str, Style
     plan |= dropouts
     if shared:
         assert norm is not None
-        plan[""] = ParallelResidual(norm, block.attention.name, block.feed_forward.name, layout=layout)
+        plan[""] = ParallelResidual(
+            norm, block.attention.name, block.feed_forward.name, layout=layout, regather=options.regather
+        )
     inner = None if shared else layout
     attention = module.get_submodule(block.attention.name)
     if options.replicate_attention:
         parts: dict[str, Style] = _whole_attention(block.attention, attention, layout)
     else:
-        parts = _attention(block.attention, attention, inner, options.tensor_parallel_size)
+        parts = _attention(block.attention, attention, inner, options)
         parts |= _attention_dropouts(block.attention, attention, inner, options.tensor_parallel_size)
     plan |= {_join(block.attention.name, name): style for name, style in parts.items()}
     experts = block.experts
     if experts and has(module, f"{experts.name}.{experts.router}"):
         moe = module.get_submodule(experts.name)
-        parts = _experts(experts, block.feed_forward, moe, layout)
+        parts = _experts(experts, block.feed_forward, moe, options)
         parts |= _experts_dropouts(experts, block.feed_forward, moe, options.tensor_parallel_size)
         return plan | {_join(experts.name, name): style for name, style in parts.items()}
     feed_forward = module.get_submodule(block.feed_forward.name)
-    parts = _feed_forward(block.feed_forward, feed_forward, inner)
+    parts = _feed_forward(block.feed_forward, feed_forward, inner, options.regather)
     parts |= _feed_forward_dropouts(block.feed_forward, feed_forward, inner, options.tensor_parallel_size)
     return plan | {_join(block.feed_forward.name, name): style for name, style in parts.items()}
 
 
-def _attention(attention: Attention, module: nn.Module, layout: Layout | None, size: int) -> dict[str, Style]:
+def _attention(attention: Attention, module: nn.Module, layout: Layout | None, options: Options) -> dict[str, Style]:
+    size = options.tensor_parallel_size
     counts = attention.counts(module)
     heads = Heads(counts.query, counts.key_value)
     shared = None if heads.splits_key_value(size) else heads
@@ -142,6 +153,7 @@ def _attention(attention: Attention, module: nn.Module, layout: Layout | None, s
             key_value_counts=_existing(module, attention.key_value_counts),
             group_sizes=_existing(module, attention.group_sizes),
             input_layout=layout,
+            regather=options.regather,
         )
     }
     for name in _present(module, attention.fused):
@@ -199,8 +211,10 @@ def _whole_attention(attention: Attention, module: nn.Module, layout: Layout) ->
     return plan
 
 
-def _feed_forward(feed_forward: FeedForward, module: nn.Module, layout: Layout | None) -> dict[str, Style]:
-    plan: dict[str, Style] = {"": PrepareInput(layout)} if layout else {}
+def _feed_forward(
+    feed_forward: FeedForward, module: nn.Module, layout: Layout | None, regather: bool = True
+) -> dict[str, Style]:
+    plan: dict[str, Style] = {"": PrepareInput(layout, regather=regather)} if layout else {}
     return plan | _hidden(feed_forward, module, layout)
 
 
@@ -239,9 +253,12 @@ def _adapted(module: nn.Module, name: str) -> bool:
     return has(module, _join(name, BASE))
 
 
-def _experts(experts: Experts, feed_forward: FeedForward, module: nn.Module, layout: Layout) -> dict[str, Style]:
-    """Every expert is split over all ranks: one gather before the router, one reduction of what all experts add up."""
-    plan: dict[str, Style] = {"": PrepareInputOutput(layout, layout)}
+def _experts(experts: Experts, feed_forward: FeedForward, module: nn.Module, options: Options) -> dict[str, Style]:
+    """Every expert is split over all ranks: one gather before the router, one reduction of what all experts add up.
+
+    Router and experts keep what they make of the gathered input, so that there is nothing to gather again.
+    """
+    plan: dict[str, Style] = {"": PrepareInputOutput(options.layout, options.layout, regather=False)}
     plan |= _whole(module, experts.router, Replicated(partial_gradient=True))
     first = module.get_submodule(experts.experts).get_submodule("0")
     plan |= {_join(f"{experts.experts}.*", name): style for name, style in _hidden(feed_forward, first, None).items()}
@@ -249,6 +266,18 @@ def _experts(experts: Experts, feed_forward: FeedForward, module: nn.Module, lay
         inner = _hidden(feed_forward, module.get_submodule(shared), None)
         plan |= {_join(shared, name): style for name, style in inner.items()}
     return plan
+
+
+def make_lean(model: nn.Module, table: Table) -> None:
+    """Let the modules whose forward is in the table compute with the class that stands there (:mod:`fabric_tp.lean`).
+
+    They change their class in place, nothing else, and have a dictionary in common, ``lean_shared``.
+    """
+    shared: dict[str, object] = {}
+    for module in model.modules():
+        if lean := table.get(type(module).forward):
+            module.__class__ = mixed(lean, type(module))
+            module.lean_shared = shared  # type: ignore[assignment]
 
 
 def _outer_dropouts(architecture: Architecture, model: nn.Module, options: Options) -> Plan:

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from fabric_tp import _torch
 from fabric_tp.styles.collectives import Group
+from fabric_tp.styles.deferred import DeferredLogits
 
 
 @torch.no_grad()
@@ -53,9 +54,8 @@ def generate(
     model.eval()
     try:
         for position in range(length, total):
-            logits = model(padded)
-            last = logits[:, position - 1] if not isinstance(logits, DTensor) else _gather_row(logits, position - 1)
-            token = _choose(last.reshape(-1).float().cpu(), generator, temperature, top_k)
+            last = _row(model(padded), position - 1)
+            token = _choose(last.float().cpu(), generator, temperature, top_k)
             padded[0, position] = token
             length += 1
             if token == eos_id:
@@ -65,10 +65,16 @@ def generate(
     return padded[0, :length]
 
 
-def _gather_row(logits: DTensor, position: int) -> Tensor:
-    local = logits.to_local()[0, position].contiguous()
+def _row(logits: Tensor, position: int) -> Tensor:
+    """The whole logits ``(v,)`` of one position."""
+    if isinstance(logits, DeferredLogits):
+        selected = logits[:, position : position + 1]
+        assert isinstance(selected, DeferredLogits)
+        return _row(selected.compute(), 0)
+    if not isinstance(logits, DTensor):
+        return logits[0, position]
     group = Group.of(logits.device_mesh)
-    return _torch.all_gather(local, group.size, group.name)
+    return _torch.all_gather(logits.to_local()[0, position].contiguous(), group.size, group.name)
 
 
 def _choose(logits: Tensor, generator: torch.Generator, temperature: float, top_k: int | None) -> int:

@@ -29,6 +29,7 @@ from fabric_tp.checkpoint.atomic import replacing, restore
 from fabric_tp.clip import clip_grad_norm, clip_grad_value
 from fabric_tp.data import Inputs
 from fabric_tp.launching import resolve_sizes
+from fabric_tp.optimizer import local
 from fabric_tp.parallelize import Parallelize, auto
 from fabric_tp.precision import ShardedMixedPrecision, without_copies
 from fabric_tp.styles.fused import fused_parameters
@@ -159,6 +160,11 @@ class TensorParallelStrategy(ModelParallelStrategy):
             if tensor.device != self.root_device:
                 tensor.data = tensor.data.to(self.root_device)
         return module
+
+    def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
+        """On plain local shards where the optimizer allows it; see :func:`fabric_tp.optimizer.local`."""
+        with local(optimizer):
+            return super().optimizer_step(optimizer, **kwargs)
 
     def setup_module_and_optimizers(
         self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None

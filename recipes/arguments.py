@@ -71,8 +71,14 @@ class Args:
     """How many groups of such processes split the batch and, by FSDP2, the parameters."""
     sequence_parallel: bool = True
     """Split norms and residuals over the sequence: less memory for the same communication."""
+    regather: bool = True
+    """Keep only a part of what is gathered along the sequence, and gather it again in the backward."""
     loss_parallel: bool = True
     """Keep the logits split over the vocabulary."""
+    fused_loss: bool = True
+    """Compute logits and loss together, a chunk at a time, so that the logits are never whole."""
+    lean: bool = True
+    """Make outputs of norms and activations again in the backward instead of keeping them."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     """Compute activations again in the backward: none of them, all, or all but the expensive ones."""
     compile: bool = False

@@ -93,7 +93,10 @@ def check(args: Args) -> Job:
     config = model_config(args)
     parallelize = fabric_tp.litgpt(
         sequence_parallel=args.sequence_parallel,
+        regather=args.regather,
         loss_parallel=args.loss_parallel,
+        fused_loss=args.fused_loss,
+        lean=args.lean,
         activation_checkpointing=args.activation_checkpointing,
         compile=args.compile,
         mixed_precision=args.mixed_precision,

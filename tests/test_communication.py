@@ -9,7 +9,6 @@ import torch
 from litgpt import GPT
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,34 +23,47 @@ def count(options: dict[str, Any], layers: int, name: str, size: int) -> tuple[C
     """Collectives of forward, loss and backward."""
     model = fabric_tp.litgpt(**options)(GPT(litgpt_config(name, n_layer=layers)), mesh(1, size))
     tokens = torch.randint(VOCABULARY, (2, LENGTH))
-    with CommDebugMode() as forward:
+    with Collectives() as forward:
         logits = model(tokens)
-    with CommDebugMode() as loss_mode:
+    with Collectives() as loss_mode:
         loss = fabric_tp.cross_entropy(logits, tokens)
-    with CommDebugMode() as backward:
+    with Collectives() as backward:
         loss.backward()
-    return _named(forward), _named(loss_mode), _named(backward)
+    return forward.counts, loss_mode.counts, backward.counts
 
 
-def _named(mode: CommDebugMode) -> Counts:
-    counts: Counts = {}
-    for operation, number in mode.get_comm_counts().items():
-        short = {"all_gather": "AG", "reduce_scatter": "RS", "all_reduce": "AR", "allreduce": "AR"}
-        kind = next(abbreviation for part, abbreviation in short.items() if part in str(operation))
-        counts[kind] = counts.get(kind, 0) + number
-    return counts
+class Collectives(TorchDispatchMode):
+    """Counts them. Torch's CommDebugMode would put nodes of its own between those of modules in the graph."""
+
+    NAMES = {"all_gather": "AG", "allgather": "AG", "reduce_scatter": "RS", "all_reduce": "AR", "allreduce": "AR"}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counts = {}
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "c10d" in operation.namespace and "wait" not in str(operation):
+            kind = next(short for part, short in self.NAMES.items() if part in str(operation))
+            self.counts[kind] = self.counts.get(kind, 0) + 1
+        return operation(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("lean", [True, False])
+@pytest.mark.parametrize("regather", [True, False])
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("name", ["Llama-3-8B", "pythia-14m"])
-def test_sequence_parallel(pool, name, layers, size) -> None:
-    """A gather per attention, MLP and head; a scatter per attention, MLP and embedding; one bucket for the norms."""
-    forward, loss, backward = pool(size)(count, {}, layers, name, size)
+def test_sequence_parallel(pool, name, layers, size, regather, lean) -> None:
+    """A gather per attention, MLP and head; a scatter per attention, MLP and embedding; one bucket for the norms.
+
+    With ``regather``, each of what the forward gathered is gathered once more: two per layer and one for the head.
+    """
+    forward, loss, backward = pool(size)(count, {"regather": regather, "lean": lean}, layers, name, size)
     each = 2 * layers + 1
+    gathered_again = each if regather else 0
     assert forward == {"AG": each, "RS": each}
     assert loss == {"AR": 2}
-    assert backward == {"RS": each, "AG": each, "AR": 1}
+    assert backward == {"RS": each, "AG": each + gathered_again, "AR": 1}
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -64,14 +76,16 @@ def test_without_sequence_parallel(pool, layers, size) -> None:
     assert backward == {"AR": 2 * layers + 1}
 
 
+@pytest.mark.parametrize("regather", [True, False])
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("name", ["falcon-7b", "phi-2"])
-def test_parallel_residual_with_shared_norm(pool, name, layers) -> None:
-    """Half: attention and MLP of a layer share a gather and a scatter."""
-    forward, _, backward = pool(2)(count, {}, layers, name, 2)
+def test_parallel_residual_with_shared_norm(pool, name, layers, regather) -> None:
+    """Half: attention and MLP of a layer share a gather, a scatter and what is gathered again."""
+    forward, _, backward = pool(2)(count, {"regather": regather}, layers, name, 2)
     each = layers + 1
+    gathered_again = each if regather else 0
     assert forward == {"AG": each, "RS": each}
-    assert backward == {"RS": each, "AG": each, "AR": 1}
+    assert backward == {"RS": each, "AG": each + gathered_again, "AR": 1}
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -86,17 +100,21 @@ def test_parallel_residual_with_shared_norm_without_sequence_parallel(pool, name
 def test_parallel_residual_with_two_norms(pool) -> None:
     """Attention and MLP take different inputs, so each has its own gather."""
     forward, _, backward = pool(2)(count, {}, 3, "falcon-40b", 2)
+    gathered_again = 7
     assert forward == {"AG": 7, "RS": 7}
-    assert backward == {"RS": 7, "AG": 7, "AR": 1}
+    assert backward == {"RS": 7, "AG": 7 + gathered_again, "AR": 1}
 
 
 @pytest.mark.parametrize("layers", [1, 3])
 def test_experts(pool, layers) -> None:
-    """One gather before router and experts, however many there are, and one scatter of what they add up."""
+    """One gather before router and experts, however many there are, and one scatter of what they add up.
+
+    The experts keep the tokens they chose, so that only the inputs of attention and head are gathered again.
+    """
     forward, _, backward = pool(2)(count, {}, layers, "Mixtral-8x7B-v0.1", 2)
-    each = 2 * layers + 1
+    each, gathered_again = 2 * layers + 1, layers + 1
     assert forward == {"AG": each, "RS": each}
-    assert backward == {"RS": each, "AG": each, "AR": 1}
+    assert backward == {"RS": each, "AG": each + gathered_again, "AR": 1}
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -110,9 +128,33 @@ def test_experts_without_sequence_parallel(pool, layers) -> None:
 def test_without_loss_parallel(pool) -> None:
     """The logits are gathered; their gradient is the same everywhere, so each rank takes its part of it."""
     forward, loss, backward = pool(2)(count, {"loss_parallel": False}, 1, "Llama-3-8B", 2)
+    gathered_again = 3
     assert forward == {"AG": 4, "RS": 3}
     assert loss == {}
-    assert backward == {"RS": 3, "AG": 3, "AR": 1}
+    assert backward == {"RS": 3, "AG": 3 + gathered_again, "AR": 1}
+
+
+@pytest.mark.parametrize(("kind", "reductions_again"), [("full", 1), ("selective", 0)])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_activation_checkpointing(pool, layers, kind, reductions_again) -> None:
+    """What is computed again is gathered again, once; the last reduction of a block never, and selectively none."""
+    _, _, backward = pool(2)(count, {"activation_checkpointing": kind}, layers, "Llama-3-8B", 2)
+    each, gathered_again = 2 * layers + 1, 2 * layers
+    assert backward == {"RS": each + reductions_again * layers, "AG": each + gathered_again, "AR": 1}
+
+
+@pytest.mark.parametrize(("kind", "reductions_again"), [("full", 1), ("selective", 0)])
+def test_activation_checkpointing_without_sequence_parallel(pool, kind, reductions_again) -> None:
+    options = {"activation_checkpointing": kind, "sequence_parallel": False}
+    _, _, backward = pool(2)(count, options, 3, "Llama-3-8B", 2)
+    assert backward == {"AR": 2 * 3 + 1 + reductions_again * 3}
+
+
+@pytest.mark.parametrize("kind", ["full", "selective"])
+def test_activation_checkpointing_of_a_parallel_residual(pool, kind) -> None:
+    """The one reduction of a block comes last."""
+    _, _, backward = pool(2)(count, {"activation_checkpointing": kind}, 3, "falcon-7b", 2)
+    assert backward == {"RS": 4, "AG": 4 + 3, "AR": 1}
 
 
 def test_one_rank_is_silent(pool) -> None:

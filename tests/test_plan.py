@@ -45,6 +45,9 @@ def row(text: str, *cells: str) -> list[str]:
     return found[0]
 
 
+AGAIN = "reduce-scatter + all-gather again"
+
+
 @pytest.fixture(scope="module")
 def llama3_8b_at_8() -> str:
     return fabric_tp.litgpt().explain(on_meta("Llama-3-8B"), tensor_parallel_size=8, data_parallel_size=4)
@@ -55,17 +58,17 @@ def llama3_8b_at_8() -> str:
     [
         ("transformer.wte", "VocabParallelEmbedding", "weight", "128256 x 4096", "16032 x 4096", "reduce-scatter"),
         ("transformer.h.*.norm_1 x 32", "Replicated", "weight", "4096", "4096", "", "(in the bucket)"),
-        ("transformer.h.*.attn x 32", "ShardHeads", "", "", "", "all-gather", "reduce-scatter"),
+        ("transformer.h.*.attn x 32", "ShardHeads", "", "", "", "all-gather", AGAIN),
         ("transformer.h.*.attn.qkv x 32", "FusedColwise", "q.weight", "4096 x 4096", "512 x 4096", "", ""),
         ("", "", "k.weight", "1024 x 4096", "128 x 4096"),
         ("", "", "v.weight", "1024 x 4096", "128 x 4096"),
         ("transformer.h.*.attn.proj x 32", "Rowwise", "weight", "4096 x 4096", "4096 x 512", "reduce-scatter"),
-        ("transformer.h.*.mlp x 32", "PrepareInput", "", "", "", "all-gather", "reduce-scatter"),
+        ("transformer.h.*.mlp x 32", "PrepareInput", "", "", "", "all-gather", AGAIN),
         ("transformer.h.*.mlp.fc_1 x 32", "Colwise", "weight", "14336 x 4096", "1792 x 4096", "", ""),
         ("transformer.h.*.mlp.fc_2 x 32", "Colwise", "weight", "14336 x 4096", "1792 x 4096", "", ""),
         ("transformer.h.*.mlp.proj x 32", "Rowwise", "weight", "4096 x 14336", "4096 x 1792", "reduce-scatter"),
         ("transformer.ln_f", "Replicated", "weight", "4096", "4096", "", "(in the bucket)"),
-        ("lm_head", "LMHead", "weight", "128256 x 4096", "16032 x 4096", "all-gather", "reduce-scatter"),
+        ("lm_head", "LMHead", "weight", "128256 x 4096", "16032 x 4096", "all-gather", AGAIN),
     ],
     ids=lambda cells: cells[0] or cells[2],
 )
@@ -552,3 +555,14 @@ def test_derived_plan_can_be_edited_and_used() -> None:
     plan = fabric_tp.llama().plan(build("llama"), tensor_parallel_size=2)
     plan["norm"] = Replicated("replicate")
     assert patterns(plan) == LLAMA_KEYS
+
+
+def cut_by_the_model(sequence_parallel: bool) -> int:
+    model = fabric_tp.litgpt(sequence_parallel=sequence_parallel)(build("Llama-3-8B"), mesh(1, 2))
+    return len(model(torch.zeros(1, LENGTH, dtype=torch.int64), lm_head_chunk_size=LENGTH // 2))
+
+
+def test_pieces_of_the_sequence_are_refused_under_sequence_parallelism(pool) -> None:
+    assert pool(2)(cut_by_the_model, False) == 2
+    with pytest.raises(AssertionError, match=r"lm_head_chunk_size=8 cuts the sequence .* fused_loss=True"):
+        pool(2)(cut_by_the_model, True)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from fabric_tp.lean import TORCH, Table
+
 Parts = Callable[[nn.Module], Mapping[str, int]]
 """From a module to the output features of each part of a fused linear layer in it, in their order."""
 
@@ -114,6 +116,10 @@ class Architecture:
     norm: str = ""
     head: str = ""
     feed_forward: FeedForward | None = None
+    lean: Table = field(default_factory=lambda: TORCH)
+    """What to compute with instead of which forward, to keep less for the backward."""
+    splits_sequence: tuple[str, ...] = ()
+    """Arguments of the forward that make it cut the sequence into pieces, of which each rank has only a part."""
     measures_embedding: bool = False
     """The model takes the sequence length from the embedding's output, which must then be whole on every rank."""
 

@@ -14,6 +14,8 @@ from fabric_tp.architectures.architecture import (
     FeedForward,
     HeadCounts,
 )
+from fabric_tp.architectures.lean_litgpt import LEAN
+from fabric_tp.lean import TORCH
 
 
 def _counts(attention: nn.Module) -> HeadCounts:
@@ -72,4 +74,6 @@ LITGPT = Architecture(
     ),
     norm="transformer.ln_f",
     head="lm_head",
+    lean={**TORCH, **LEAN},
+    splits_sequence=("lm_head_chunk_size",),
 )

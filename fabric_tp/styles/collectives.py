@@ -18,6 +18,7 @@ all_reduce             all-reduce      all-reduce
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,15 +146,35 @@ class _Scatter(Function):
 
 
 def _gather_along(x: Tensor, dim: int, size: int, name: str) -> Tensor:
-    if x.shape[:dim].numel() == 1:  # nothing before dim: the ranks' shards already lie one after the other
-        return _unflatten_(_torch.all_gather(x.flatten(0, dim), size, name), dim)
-    return torch.cat(_torch.all_gather(x, size, name).chunk(size), dim)
+    return start_gather(x, dim, size, name)()
 
 
 def _reduce_scatter_along(x: Tensor, dim: int, size: int, name: str) -> Tensor:
+    return start_reduce_scatter(x, dim, size, name)()
+
+
+def start_gather(x: Tensor, dim: int, size: int, name: str) -> Callable[[], Tensor]:
+    """Issue the all-gather of :func:`gather`; what is returned waits for it."""
+    if x.shape[:dim].numel() == 1:  # nothing before dim: the ranks' shards already lie one after the other
+        flat = _torch.start_all_gather(x.flatten(0, dim), size, name)
+        return lambda: _unflatten_(_torch.wait(flat), dim)
+    shards = _torch.start_all_gather(x, size, name)
+    return lambda: torch.cat(_torch.wait(shards).chunk(size), dim)
+
+
+def start_reduce_scatter(x: Tensor, dim: int, size: int, name: str) -> Callable[[], Tensor]:
+    """Issue the reduce-scatter of :func:`reduce_scatter`; what is returned waits for it."""
     if x.shape[:dim].numel() == 1:
-        return _unflatten_(_torch.reduce_scatter(x.flatten(0, dim), size, name), dim)
-    return _torch.reduce_scatter(torch.cat(x.chunk(size, dim)), size, name)
+        flat = _torch.start_reduce_scatter(x.flatten(0, dim), size, name)
+        return lambda: _unflatten_(_torch.wait(flat), dim)
+    summed = _torch.start_reduce_scatter(torch.cat(x.chunk(size, dim)), size, name)
+    return lambda: _torch.wait(summed)
+
+
+def start_reduce(x: Tensor, name: str) -> Callable[[], Tensor]:
+    """Issue the all-reduce of :func:`reduce`; what is returned waits for it."""
+    summed = _torch.start_all_reduce(x, name)
+    return lambda: _torch.wait(summed)
 
 
 def _unflatten_(x: Tensor, dims: int) -> Tensor:

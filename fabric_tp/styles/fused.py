@@ -3,8 +3,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -13,6 +11,7 @@ from torch.distributed.tensor.placement_types import Placement
 from fabric_tp.styles.collectives import Group
 from fabric_tp.styles.colwise import Colwise
 from fabric_tp.styles.heads import Heads
+from fabric_tp.styles.linear import linear
 from fabric_tp.styles.style import Layout, LocalModule, Parallelized, distribute_parameter, own_parameters
 
 
@@ -46,8 +45,8 @@ class _FusedLinear(FusedModule):
     """The parts' local rows, put together, make one matrix product."""
 
     def compute(self, x: Tensor) -> Tensor:
-        whole = {name: torch.cat(list(self.local_parts(name))) for name in self.fused_names()}
-        return F.linear(x, whole["weight"], whole.get("bias"))
+        parts = {name: list(self.local_parts(name)) for name in self.fused_names()}
+        return linear(x, parts["weight"], parts.get("bias", ()))
 
 
 class FusedColwise(Colwise):
@@ -62,6 +61,7 @@ class FusedColwise(Colwise):
         shared: Parts that are keys or values of fewer heads than there are ranks; as in :class:`SharedHeads`, they are
             whole on every rank.
         input_layout: As in :class:`Colwise`.
+        regather: As in :class:`Colwise`.
     """
 
     module_class: ClassVar[type[LocalModule]] = _FusedLinear
@@ -72,8 +72,9 @@ class FusedColwise(Colwise):
         *,
         shared: Mapping[str, Heads] | None = None,
         input_layout: Layout | None = "replicate",
+        regather: bool = True,
     ) -> None:
-        super().__init__(input_layout=input_layout)
+        super().__init__(input_layout=input_layout, regather=regather)
         self.parts = dict(parts)
         self.shared = dict(shared or {})
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from fabric_tp.styles.collectives import all_reduce
 from fabric_tp.styles.heads import Heads
+from fabric_tp.styles.recompute import reduction
 from fabric_tp.styles.style import LocalModule, Style, own_parameters
 
 EPSILON = ("eps", "variance_epsilon")
@@ -30,7 +32,7 @@ class _AllHeadsNorm(LocalModule):
         squares = exact.square()
         if style.shared:
             squares = squares * style.shares(group.size, group.rank, x.shape[-1]).to(squares)
-        mean = all_reduce(squares.sum(-1, keepdim=True), group) / style.features
+        mean = reduction(partial(all_reduce, squares.sum(-1, keepdim=True), group)) / style.features
         scale = weight + 1 if getattr(self, "add_unit_offset", False) else weight
         return (exact * torch.rsqrt(mean + epsilon) * scale.to(exact.dtype)).to(x.dtype)
 

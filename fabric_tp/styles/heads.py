@@ -75,6 +75,7 @@ class SharedHeads(Colwise):
     Args:
         heads: Of the attention module.
         input_layout: As in :class:`Colwise`.
+        regather: As in :class:`Colwise`.
 
     ===============  ====================  ==============  ====================================
     x                weight                y               gradient
@@ -86,8 +87,8 @@ class SharedHeads(Colwise):
 
     module_class = _SharedHeadsLinear
 
-    def __init__(self, heads: Heads, *, input_layout: Layout | None = "replicate") -> None:
-        super().__init__(input_layout=input_layout)
+    def __init__(self, heads: Heads, *, input_layout: Layout | None = "replicate", regather: bool = True) -> None:
+        super().__init__(input_layout=input_layout, regather=regather)
         self.heads = heads
 
     def placements(self, module: nn.Module) -> Mapping[str, Placement]:
@@ -107,6 +108,7 @@ class ShardHeads(PrepareInput):
         key_value_counts: The attributes that count key and value heads.
         group_sizes: The attributes that count query heads to each key and value head.
         input_layout: As in :class:`PrepareInput`.
+        regather: As in :class:`Colwise`.
     """
 
     def __init__(
@@ -117,8 +119,9 @@ class ShardHeads(PrepareInput):
         key_value_counts: Sequence[str] = (),
         group_sizes: Sequence[str] = (),
         input_layout: Layout | None = "replicate",
+        regather: bool = True,
     ) -> None:
-        super().__init__(input_layout)
+        super().__init__(input_layout, regather=regather)
         self.heads = heads
         self.query_counts, self.key_value_counts, self.group_sizes = query_counts, key_value_counts, group_sizes
 

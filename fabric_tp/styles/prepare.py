@@ -15,23 +15,25 @@ class PrepareInput(Style):
 
     Args:
         input_layout: ``"replicate"`` or ``"sequence"``, how the first argument of the module's forward lies.
+        regather: As in :class:`Colwise`.
 
-    ==============  ===========  ============  ==============  ==============
+    ==============  ===========  ============  ==============  ============================
     input_layout    x            inside        forward         backward
-    ==============  ===========  ============  ==============  ==============
+    ==============  ===========  ============  ==============  ============================
     ``"replicate"`` (b, s, h)    (b, s, h)                     all-reduce
-    ``"sequence"``  (b, s/t, h)  (b, s, h)     all-gather      reduce-scatter
-    ==============  ===========  ============  ==============  ==============
+    ``"sequence"``  (b, s/t, h)  (b, s, h)     all-gather      (all-gather,) reduce-scatter
+    ==============  ===========  ============  ==============  ============================
     """
 
-    def __init__(self, input_layout: Layout | None = "replicate") -> None:
+    def __init__(self, input_layout: Layout | None = "replicate", *, regather: bool = True) -> None:
         self.input_layout = input_layout
+        self.regather = regather
 
     def enter(self, this: Parallelized, x: Tensor) -> Tensor:
-        return enter_sharded(this, x, self.input_layout)
+        return enter_sharded(this, x, self.input_layout, self.regather)
 
     def collectives(self) -> tuple[str, str]:
-        return entering(self.input_layout)
+        return entering(self.input_layout, self.regather)
 
 
 class PrepareInputOutput(PrepareInput):
@@ -40,17 +42,24 @@ class PrepareInputOutput(PrepareInput):
     Args:
         input_layout: As in :class:`PrepareInput`.
         output_layout: As in :class:`Rowwise`.
+        regather: As in :class:`Colwise`.
     """
 
-    def __init__(self, input_layout: Layout | None = "replicate", output_layout: Layout | None = "replicate") -> None:
-        super().__init__(input_layout)
+    def __init__(
+        self,
+        input_layout: Layout | None = "replicate",
+        output_layout: Layout | None = "replicate",
+        *,
+        regather: bool = True,
+    ) -> None:
+        super().__init__(input_layout, regather=regather)
         self.output_layout = output_layout
 
     def leave(self, this: Parallelized, y: Any) -> Any:
         return leave_sharded(this, y, self.output_layout)
 
     def collectives(self) -> tuple[str, str]:
-        return join(entering(self.input_layout), leaving(self.output_layout))
+        return join(super().collectives(), leaving(self.output_layout))
 
 
 class Unsharded(Style):

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from fabric_tp.styles.collectives import reduce, reduce_scatter
+from fabric_tp.styles.linear import linear
+from fabric_tp.styles.recompute import reduction
 from fabric_tp.styles.style import Layout, LocalModule, Parallelized, Style, own_parameters
 
 
@@ -19,13 +21,15 @@ class _RowwiseLinear(LocalModule):
         assert isinstance(style, Rowwise)
         bias = self._parameters.get("bias") if style.output_layout is None else None
         # Times zero on the other ranks, so that they have a gradient too: all must take part in the sum.
-        return F.linear(x, self.weight, None if bias is None else bias * (group.rank == 0))  # type: ignore[arg-type]
+        return linear(x, [self.weight], [None if bias is None else bias * (group.rank == 0)])  # type: ignore[list-item]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        y = super().forward(*args, **kwargs)
         bias, style = self._parameters.get("bias"), self.parallelized.style
         assert isinstance(style, Rowwise)
-        if bias is None or style.output_layout is None:
+        if style.output_layout is None:
+            return super().forward(*args, **kwargs)
+        y = reduction(super().forward, *args, *kwargs.values())
+        if bias is None:
             return y
         return y + bias.to_local(grad_placements=self.parallelized.grad_placements["bias"])  # type: ignore[attr-defined]
 
@@ -66,7 +70,7 @@ class Rowwise(Style):
         return frozenset({"bias"} if has_bias and self.output_layout != "replicate" else ())
 
     def leave(self, this: Parallelized, y: Tensor) -> Tensor:
-        return leave_sharded(this, y, self.output_layout)
+        return _summed(this, y, self.output_layout)
 
     def collectives(self) -> tuple[str, str]:
         return leaving(self.output_layout)
@@ -74,6 +78,10 @@ class Rowwise(Style):
 
 def leave_sharded(this: Parallelized, y: Tensor, layout: Layout | None) -> Tensor:
     """The output of a sharded computation, of which each rank has a partial sum."""
+    return y if layout is None else reduction(partial(_summed, this, y, layout))
+
+
+def _summed(this: Parallelized, y: Tensor, layout: Layout | None) -> Tensor:
     if layout == "sequence":
         return reduce_scatter(y, this.group)
     return reduce(y, this.group) if layout == "replicate" else y

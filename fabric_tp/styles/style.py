@@ -14,6 +14,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
 from fabric_tp.styles.collectives import Group
+from fabric_tp.styles.linear import linear
 
 Layout = Literal["replicate", "sequence"]
 """How activations lie between the sharded parts: whole on every rank, or each rank holding its part of the sequence."""
@@ -65,7 +66,10 @@ class LocalModule(nn.Module):
         return local
 
     def compute(self, *args: Any, **kwargs: Any) -> Any:
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
+        own = super().forward  # type: ignore[misc]
+        if own.__func__ is nn.Linear.forward and len(args) == 1:  # type: ignore[attr-defined]
+            return linear(args[0], [self.weight], [self.bias])  # type: ignore[list-item]
+        return own(*args, **kwargs)
 
 
 def _replace_first(
@@ -149,10 +153,10 @@ class Style(ParallelStyle):
         return f"{type(self).__name__}({arguments})"
 
 
-_mixed: dict[tuple[type, type], type] = {}
+_mixed: dict[tuple[type[nn.Module], type], type] = {}
 
 
-def mixed(mixin: type[LocalModule], cls: type) -> type:
+def mixed(mixin: type[nn.Module], cls: type) -> type:
     """``cls`` with the mixin's forward; FSDP2 changes the class of a module in the same way."""
     if (mixin, cls) not in _mixed:
         _mixed[mixin, cls] = type(f"{mixin.__name__}[{cls.__name__}]", (mixin, cls), {"__module__": cls.__module__})

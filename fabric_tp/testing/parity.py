@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fabric_tp.loss import cross_entropy
 from fabric_tp.shards import gather_shards
+from fabric_tp.styles.deferred import DeferredLogits
 from fabric_tp.styles.fused import fused_parameters
 from fabric_tp.testing.ranks import Ranks, mesh
 
@@ -151,6 +152,8 @@ def _random_output_gradient(
     (expected * grad).sum().backward()
     output = _first_tensor(_call(model, _mine(inputs, sizes)))
     expected, grad = _mine(expected, sizes), _mine(grad, sizes) * sizes[0]  # FSDP2 averages over the ranks
+    if isinstance(output, DeferredLogits):
+        output = output.compute()
     if isinstance(output, DTensor):
         size, rank = output.device_mesh.size(), output.device_mesh.get_local_rank()
         expected, grad = expected.chunk(size, -1)[rank], grad.chunk(size, -1)[rank]

@@ -81,7 +81,7 @@ def kept_inputs(frozen: bool, options: dict[str, Any]) -> dict[str, bool]:
     model = small_lora("Llama-3-8B", "query and value")
     if not frozen:
         model.requires_grad_(True)
-    model = fabric_tp.litgpt(**options)(model, mesh(1, 2))
+    model = fabric_tp.litgpt(regather=False, lean=False, **options)(model, mesh(1, 2))
     kept: set[int] = set()
     inputs: dict[str, Tensor] = {}  # alive until the end, so that no address is used twice
 
