@@ -320,8 +320,8 @@ def _refuse_arguments(names: tuple[str, ...], model: nn.Module, args: Any, kwarg
     for name in names:
         if kwargs.get(name):
             raise ValueError(
-                f"{name}={kwargs[name]} cuts the sequence after each rank has got its part of it, so pieces of different"
-                " ranks would be put together. Leave it out, and use fused_loss=True for less memory; or"
+                f"{name}={kwargs[name]} cuts the sequence after each rank has got its part of it, so pieces of"
+                " different ranks would be put together. Leave it out, and use fused_loss=True for less memory; or"
                 " sequence_parallel=False."
             )
 

@@ -295,11 +295,11 @@ AG, RS, AR = "all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"
 
 @pytest.mark.parametrize(
     ("sequence_parallel", "loss", "from_forward", "from_backward"),
-    [(True, {AG: 2, RS: 1}, {AG: 1}, {RS: 1}), (False, {AG: 1, AR: 1}, {}, {AR: 1})],
+    [(True, {AG: 2, RS: 1}, {AG: 1}, {RS: 1, AG: 1}), (False, {AG: 1, AR: 1}, {}, {AR: 1})],
     ids=["sp", "no sp"],
 )
 def test_collectives(pool, sequence_parallel, loss, from_forward, from_backward) -> None:
-    """Those of the head are part of the loss, which has one small all-gather for its chunk."""
+    """Those of the head are part of the loss, with a small all-gather for its chunk; nothing is gathered again."""
     forward, of_loss, backward = pool(2)(count, sequence_parallel, True)
     unfused_forward, _, unfused_backward = pool(2)(count, sequence_parallel, False)
     assert of_loss == loss
