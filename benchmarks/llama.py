@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from litgpt import GPT, Config
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
@@ -159,6 +162,54 @@ def one_device_step(shape: Shape, whole: bool) -> Step:
 
 def fabric_tp_step(shape: Shape, whole: bool, mesh: DeviceMesh) -> Step:
     return step(fabric_tp.llama()(Llama(shape), mesh), fabric_tp.cross_entropy, shape, whole)
+
+
+def litgpt_step(shape: Shape, whole: bool, mesh: DeviceMesh, **options: Any) -> Step:
+    """The same shape as litgpt's model, with these options of :func:`fabric_tp.litgpt`."""
+    config = Config(
+        n_layer=shape.layers,
+        n_embd=shape.width,
+        n_head=shape.heads,
+        n_query_groups=shape.kv_heads,
+        intermediate_size=shape.hidden,
+        padded_vocab_size=shape.vocabulary,
+        block_size=shape.length,
+        rotary_percentage=1.0,
+        parallel_residual=False,
+        bias=False,
+        norm_class_name="RMSNorm",
+        mlp_class_name="LLaMAMLP",
+    )
+    model = fabric_tp.litgpt(**options)(GPT(config), mesh)
+    return step(model, fabric_tp.cross_entropy, shape, whole)
+
+
+def transformers_step(shape: Shape, whole: bool, mesh: DeviceMesh, directory: Path) -> Step:
+    """The same shape as Transformers' model, which :func:`save_transformers` has saved, with its own ``tp_plan``."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(directory, tp_plan="auto", device_mesh=mesh, dtype=torch.float32)
+
+    def loss(output: Any, targets: Tensor) -> Tensor:
+        return _flat_cross_entropy(output.logits, targets)
+
+    return step(model, loss, shape, whole)
+
+
+def save_transformers(shape: Shape, directory: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        num_hidden_layers=shape.layers,
+        hidden_size=shape.width,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        intermediate_size=shape.hidden,
+        vocab_size=shape.vocabulary,
+        max_position_embeddings=shape.length,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
 
 
 def torch_plan_step(shape: Shape, whole: bool, mesh: DeviceMesh) -> Step:
