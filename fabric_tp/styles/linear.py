@@ -23,7 +23,7 @@ from torch.autograd import Function
 
 from fabric_tp import _torch
 from fabric_tp.remake import Remakes, maker_of, release, remake, saved
-from fabric_tp.styles.collectives import SEQUENCE_DIM, Group, start_gather, start_reduce, start_reduce_scatter
+from fabric_tp.styles.collectives import SEQUENCE_DIM, Group, copy, start_gather, start_reduce, start_reduce_scatter
 
 
 def enter(x: Tensor, group: Group, *, sequence: bool) -> Tensor:
@@ -37,7 +37,10 @@ def enter(x: Tensor, group: Group, *, sequence: bool) -> Tensor:
     Returns:
         ``(b, s, h)``, for :func:`linear`.
     """
-    return _Enter.apply(x, group, sequence, maker_of(x))
+    maker = maker_of(x)
+    if maker is None and not sequence:  # nothing to make again: the layers keep it, if they train
+        return copy(x, group)
+    return _Enter.apply(x, group, sequence, maker)
 
 
 def linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None] = ()) -> Tensor:

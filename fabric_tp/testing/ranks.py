@@ -52,7 +52,11 @@ class Ranks:
             if not ready:
                 self._fail(f"ranks {missing} gave no answer in {TIMEOUT} s")
             for rank in [rank for rank in missing if self._connections[rank] in ready]:
-                fine, answers[rank] = self._connections[rank].recv()
+                try:
+                    fine, answers[rank] = self._connections[rank].recv()
+                except EOFError:
+                    self._processes[rank].join()
+                    self._fail(f"rank {rank} died, exit code {self._processes[rank].exitcode}")
                 if not fine:
                     self._fail(f"rank {rank} failed\n{answers[rank]}")
         return answers[0]

@@ -29,7 +29,8 @@ def test_torch_styles_are_predicted_as_they_are(pool, sizes) -> None:
     with pretend_mesh(*sizes) as pretended, pretend_tensors():
         step = count_peer(Llama(SMALL), SMALL, pretended)
     assert step.memory.peak == pytest.approx(peak, rel=0.03)
-    assert step.sent("tensor_parallel") == sent
+    # torch reduces the gradient norm over both dimensions of a mesh at once, if somebody has flattened it before
+    assert step.sent("tensor_parallel") == pytest.approx(sent, rel=1e-3)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])

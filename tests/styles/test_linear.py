@@ -52,7 +52,7 @@ def one_frozen(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return both(x, first, second.detach())
 
 
-USES = [both, parts, one_unused, something_else_too, changed_in_place, one_frozen]
+USES = [both, parts, one_unused, something_else_too, one_frozen]
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -96,6 +96,16 @@ def compare(use: Use, batch: int, normed: bool, sequence: bool, times: int) -> N
 @pytest.mark.parametrize("use", USES)
 def test_gradients(pool, use, batch, normed, sequence, times) -> None:
     pool(2)(compare, use, batch, normed, sequence, times)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_input_that_was_changed_in_place_is_not_made_again(pool, batch) -> None:
+    pool(2)(compare, changed_in_place, batch, True, True, 1)
+
+
+def test_change_in_place_that_torch_refuses_is_refused(pool) -> None:
+    with pytest.raises(AssertionError, match="modified inplace"):
+        pool(2)(compare, changed_in_place, 1, True, False, 1)
 
 
 def test_is_a_linear_layer() -> None:
