@@ -75,7 +75,6 @@ def test_markdown() -> None:
 
 
 def test_plots(tmp_path) -> None:
-    pytest.importorskip("matplotlib")
     with pretend_mesh(1, 1) as pretended, pretend_tensors():
         memory = feed_forward_step(pretended, 64, batch=1).memory
     plot_feed_forward({1: memory}, PUBLISHED, tmp_path / "one.png")
