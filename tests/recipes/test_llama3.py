@@ -57,7 +57,7 @@ def environment() -> dict[str, str]:
     """Without what a launcher around the tests may have set, and without GPUs."""
     launchers = ("LT_", "PL_", "SLURM_", "TORCHELASTIC_", "MASTER_", "OMP_")
     env = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
-    return {**env, "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+    return {**env, "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(Path(__file__).parent)}
 
 
 def run(launcher: list[str], arguments: list[str]) -> str:
@@ -171,6 +171,18 @@ def test_instruction_data_from_a_checkpoint(folder: Path, run_1x1: tuple[Path, s
     run(fabric_run(2), ["--out_dir", str(folder / "json-2x1"), "--data_parallel_size", "2", *given])
     torch.testing.assert_close(losses(folder / "json-2x1"), losses(folder / "json-1x1"), rtol=1e-4, atol=0)
     assert "Alpaca" in (folder / "json-2x1" / "final" / "prompt_style.yaml").read_text()
+
+
+def test_streamed_data(folder: Path, run_1x1: tuple[Path, str]) -> None:
+    """On two ranks as on one, over more than one pass, and resumed where it was."""
+    given = ["--data", "streamed.Streamed", "--initial_checkpoint_dir", run_1x1[0] / "final", "--max_seq_length", 64]
+    given += ["--global_batch_size", 8, "--micro_batch_size", 4, "--max_steps", 8, "--save_interval", 3]
+    run(python(), [str(part) for part in ["--out_dir", folder / "streamed", *given]])
+    run(fabric_run(2), [str(part) for part in ["--out_dir", folder / "streamed-1x2", *given]])
+    torch.testing.assert_close(losses(folder / "streamed-1x2"), losses(folder / "streamed"), rtol=1e-4, atol=0)
+    resume = ["--resume", folder / "streamed" / "step-00000003"]
+    run(fabric_run(2), [str(part) for part in ["--out_dir", folder / "streamed-resumed", *given, *resume]])
+    torch.testing.assert_close(losses(folder / "streamed-resumed"), losses(folder / "streamed")[3:], rtol=1e-4, atol=0)
 
 
 def test_litgpt_generates_from_the_final_directory(run_1x2: tuple[Path, str]) -> None:
