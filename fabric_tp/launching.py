@@ -35,14 +35,14 @@ class Launcher:
 
 
 def launch(
-    strategy: Strategy | str | None = None, *, launcher: Launcher | None = None, **fabric_arguments: Any
+    strategy: Strategy | str = "tensor_parallel", *, launcher: Launcher | None = None, **fabric_arguments: Any
 ) -> L.Fabric:
     """Make a ``lightning.Fabric`` whose processes run, whichever launcher starts this script.
 
     On the CPU, the processes of a machine share its cores: torch gets no more threads than that leaves.
 
     Args:
-        strategy: By default a :class:`fabric_tp.TensorParallelStrategy` without options.
+        strategy: By default a :class:`fabric_tp.TensorParallelStrategy` without options, by its name.
         launcher: What :func:`detect` has returned. By default it is asked, with the sizes of the strategy.
         fabric_arguments: Anything else for ``lightning.Fabric``, such as ``loggers`` or ``precision``. ``accelerator``,
             ``devices`` and ``num_nodes`` are only needed under plain ``python``, and there only to differ from what
@@ -51,10 +51,6 @@ def launch(
     Raises:
         ValueError: See :func:`detect`.
     """
-    if strategy is None:
-        from fabric_tp.strategy import TensorParallelStrategy  # which imports this module
-
-        strategy = TensorParallelStrategy()
     chosen = {
         name: fabric_arguments.pop(name) for name in ("accelerator", "devices", "num_nodes") & fabric_arguments.keys()
     }
