@@ -88,8 +88,7 @@ def _counts(grad: Tensor | None, mesh: DeviceMesh) -> bool:
 
 def _norm(gradients: list[Tensor], norm_type: float, mesh: DeviceMesh) -> Tensor:
     norms = _torch.foreach_norms(gradients, norm_type)
-    device = torch.device(mesh.device_type) if mesh.device_type == "cpu" else torch.device("cuda")
-    norm = torch.stack(norms) if norms else torch.zeros(1, device=device)
+    norm = torch.stack(norms) if norms else torch.zeros(1, device=mesh.device_type)
     if math.isinf(norm_type):
         total = norm.max()
         dist.all_reduce(total, op=dist.ReduceOp.MAX)

@@ -39,6 +39,9 @@ ROOT_CAUSE_SECONDS = 0.5
 FAREWELL_SECONDS = 2.0
 """How long a rank that ends waits for rank 0 to hear of it."""
 
+GLOO_SECONDS = 0.1
+"""How long gloo's threads have to free what they last sent, before Python ends: later they would abort the process."""
+
 EXIT_SECONDS = 10
 """How long a rank may take to end after an exception."""
 
@@ -106,7 +109,14 @@ _chained_excepthook: Any = None
 _awaits_ranks = False
 _sockets: set[socket.socket] = set()
 
-atexit.register(leave)
+
+def _at_exit() -> None:
+    leave()
+    if dist.is_available() and dist.is_initialized():
+        time.sleep(GLOO_SECONDS)
+
+
+atexit.register(_at_exit)
 
 
 def _after_fork() -> None:

@@ -374,7 +374,7 @@ def _keep_expensive() -> Contexts:
     """Keep the results of attention, and those of reductions together with the products before them."""
     forward, recomputation = kept_reductions()
     attention = create_selective_checkpoint_contexts(_keep_attention)
-    return _both(attention[0], forward), _both(attention[1], recomputation)
+    return _Both(attention[0], forward), _Both(attention[1], recomputation)
 
 
 def _keep_compiled() -> Contexts:
@@ -393,7 +393,7 @@ def _keep_attention_and_reductions(context: Any, operation: Any, *args: Any, **k
     return _keep_attention(context, operation)
 
 
-class _both(AbstractContextManager[None]):
+class _Both(AbstractContextManager[None]):
     """Two contexts as one; unlike a generator's, it may be entered again."""
 
     def __init__(self, *contexts: AbstractContextManager[Any]) -> None:

@@ -82,8 +82,6 @@ def main(args: Args) -> None:
     args.data.setup()
     train(fabric, job, args.data.train_dataloader(), args.data.val_dataloader())
     fabric.barrier()
-    torch.distributed.destroy_process_group()
-    time.sleep(0.1)  # gloo's threads need the GIL to free their last tensors, and abort a process that is exiting
 
 
 def check(args: Args) -> Job:
@@ -197,17 +195,9 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # The mean is taken over the targets of the global batch, of which instruction data gives each rank and
-        # micro-batch another number.
         batch = [inputs_and_targets(args, sizes, next(micro_batches)) for _ in range(sizes.accumulate)]
         num_targets = fabric_tp.count_targets((targets for _, targets in batch), mesh)
-        loss = torch.zeros((), device=fabric.device)
-        for i, (inputs, targets) in enumerate(batch):
-            with fabric.no_backward_sync(model, enabled=i < sizes.accumulate - 1):
-                logits = model(inputs)
-                part = fabric_tp.cross_entropy(logits, targets, z_loss=args.z_loss, reduction="sum") / num_targets
-                fabric.backward(part)
-            loss += part.detach()
+        loss = accumulate_gradients(fabric, args, model, batch, num_targets)
         gradient_norm = fabric.clip_gradients(model, optimizer, max_norm=args.max_norm)
         assert gradient_norm is not None  # since max_norm was given
         optimizer.step()
@@ -237,6 +227,21 @@ def fit(
         if state["step"] % args.save_interval == 0:
             fabric.save(args.out_dir / f"step-{state['step']:08d}", state)
     bar.close()
+
+
+def accumulate_gradients(
+    fabric: L.Fabric, args: Args, model: Any, batch: list[tuple[Tensor, Tensor]], num_targets: Tensor
+) -> Tensor:
+    """This rank's part of the loss of a step: the mean is over the targets of the global batch, of which instruction
+    data gives each rank and micro-batch another number."""
+    loss = torch.zeros((), device=fabric.device)
+    for i, (inputs, targets) in enumerate(batch):
+        with fabric.no_backward_sync(model, enabled=i < len(batch) - 1):
+            logits = model(inputs)
+            part = fabric_tp.cross_entropy(logits, targets, z_loss=args.z_loss, reduction="sum") / num_targets
+            fabric.backward(part)
+        loss += part.detach()
+    return loss
 
 
 @torch.no_grad()  # and not inference_mode, in which DTensors do not work

@@ -149,7 +149,6 @@ assert torch.get_num_threads() == max(1, len(os.sched_getaffinity(0)) // 2)
 sys.stdout.write(f"rank {fabric.global_rank} of {fabric.world_size}: {total.item()}\\n")
 sys.stdout.flush()
 fabric.barrier()
-torch.distributed.destroy_process_group()
 """
 
 LAUNCHERS = {

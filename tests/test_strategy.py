@@ -202,27 +202,6 @@ def test_fp16_with_scaling_is_refused() -> None:
         L.Fabric(accelerator="cpu", strategy="tensor_parallel", plugins=MixedPrecision("16-mixed", "cpu"))
 
 
-def own_function(model: nn.Module, mesh) -> nn.Module:
-    """Parallelizes nothing but the head, as a user's first attempt may."""
-    return fabric_tp.styles.LMHead()._apply(model, mesh["tensor_parallel"])
-
-
-class WithBuffer(nn.Linear):
-    def __init__(self) -> None:
-        super().__init__(8, 8, bias=False)
-        self.register_buffer("table", torch.ones(3, device="meta" if torch.cuda.is_available() else "cpu"))
-
-
-def leftovers() -> set[str]:
-    with on_ranks((1, 1), parallelize_fn=own_function) as fabric:
-        model = fabric.setup(WithBuffer())
-        return {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]}
-
-
-def test_leftovers_are_on_the_device_of_the_rank(pool) -> None:
-    assert pool(1)(leftovers) == {"cpu"}
-
-
 # Accumulation
 
 

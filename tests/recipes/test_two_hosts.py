@@ -133,7 +133,6 @@ for name in ("tensor_parallel", "data_parallel"):
     dist.all_gather_object(groups[name], socket.gethostname(), fabric.strategy.device_mesh.get_group(name))
 print("groups", fabric.global_rank, *groups["tensor_parallel"], *groups["data_parallel"], flush=True)
 fabric.barrier()
-dist.destroy_process_group()
 """
 
 
