@@ -25,6 +25,11 @@ def start_all_gather(x: Tensor, group_size: int, group_name: str) -> Tensor:
     return torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), group_size, group_name)
 
 
+def start_differentiable_all_gather(x: Tensor, group_size: int, group_name: str) -> Tensor:
+    """As :func:`start_all_gather`; its gradient is the reduce-scatter of the output's."""
+    return torch.ops._c10d_functional_autograd.all_gather_into_tensor(x.contiguous(), group_size, group_name)
+
+
 def start_reduce_scatter(x: Tensor, group_size: int, group_name: str) -> Tensor:
     """As :func:`reduce_scatter`; the result is there after :func:`wait`."""
     return torch.ops._c10d_functional.reduce_scatter_tensor(x.contiguous(), "sum", group_size, group_name)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fabric_tp import _torch
-from fabric_tp.remake import Remakes, release, saved
+from fabric_tp.remake import Remakes, recomputed, release, saved
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 Table = Mapping[Callable[..., Tensor], type[nn.Module]]
@@ -40,7 +40,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, unit_offset: bool 
         eps: Added to the mean square.
         unit_offset: Multiply with ``1 + weight``, as Gemma does.
     """
-    if torch.compiler.is_compiling():  # the compiler decides itself what to keep
+    if torch.compiler.is_compiling():  # which makes it again without being told, if only a shard of it is needed
         return _normalise(x, _inverse_root_mean_square(x, eps), _scale(weight, unit_offset))
     return _RMSNorm.apply(x, weight, eps, unit_offset)
 
@@ -120,14 +120,14 @@ class _LayerNorm(Remakes):
 def activated(x: Tensor, activation: Activation) -> Tensor:
     """``activation(x)``, which keeps ``x`` only."""
     if torch.compiler.is_compiling():
-        return ACTIVATIONS[activation](x)
+        return recomputed(ACTIVATIONS[activation], x)
     return _Activated.apply(x, activation)
 
 
 def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     """``activation(gate) * up`` (Shazeer, 2020, "GLU Variants Improve Transformer"), which keeps its inputs only."""
     if torch.compiler.is_compiling():
-        return ACTIVATIONS[activation](gate) * up
+        return recomputed(_gated, gate, up, activation)
     return _Gated.apply(gate, up, activation)
 
 
@@ -152,18 +152,22 @@ class _Gated(Remakes):
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         ctx.activation = activation
         ctx.save_for_backward(gate, up)
-        return ACTIVATIONS[activation](gate) * up
+        return _gated(gate, up, activation)
 
     @staticmethod
     def remake(ctx: Any) -> Tensor:
         gate, up = saved(ctx)
-        return ACTIVATIONS[ctx.activation](gate) * up
+        return _gated(gate, up, ctx.activation)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = release(ctx)
         up_grad = ACTIVATIONS[ctx.activation](gate).mul_(grad)
         return _torch.activation_backward(ctx.activation, grad * up, gate), up_grad, None
+
+
+def _gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    return ACTIVATIONS[activation](gate) * up
 
 
 class LeanLayerNorm(nn.Module):

@@ -7,10 +7,12 @@ well: :class:`Remakes` is such a function, and :func:`maker_of` finds it in the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
+from torch.utils.checkpoint import checkpoint
 
 from fabric_tp import _torch
 
@@ -30,6 +32,11 @@ def maker_of(x: Tensor) -> Any:
     """
     function = _torch.function_of(x)
     return x.grad_fn if function is not None and issubclass(function, Remakes) else None
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """``function(*inputs)``, for the compiler: it sees no nodes of a graph, but does know what is to be made again."""
+    return checkpoint(function, *inputs, use_reentrant=False)
 
 
 def remake(maker: Any) -> Tensor:

@@ -43,7 +43,7 @@ def kept_per_layer(
 ) -> float:
     """In multiples of s*b*h/t bytes."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        one, three = (_kept(parallelize(_in_bf16(build, layers), mesh)) for layers in (1, 3))
+        one, three = (kept(parallelize(_in_bf16(build, layers), mesh)) for layers in (1, 3))
     return (three - one) / 2 / (LENGTH * WIDTH / RANKS)
 
 
@@ -55,7 +55,7 @@ def _in_bf16(build: Callable[[int], nn.Module], layers: int) -> nn.Module:
         torch.set_default_dtype(torch.float32)
 
 
-def _kept(model: nn.Module) -> int:
+def kept(model: nn.Module, length: int = LENGTH) -> int:
     """Bytes of the storages that are saved for the backward, without parameters and buffers."""
     owned = {_local(tensor).untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
     storages: dict[int, torch.UntypedStorage] = {}
@@ -67,7 +67,7 @@ def _kept(model: nn.Module) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(torch.zeros(1, LENGTH, dtype=torch.int64))
+        output = model(torch.zeros(1, length, dtype=torch.int64))
     assert output.requires_grad
     return sum(storage.nbytes() for storage in storages.values())
 

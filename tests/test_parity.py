@@ -62,7 +62,7 @@ def test_activation_checkpointing(pool, name, activation_checkpointing, sequence
 @pytest.mark.parametrize(
     ("name", "options", "sizes"),
     [
-        ("Llama-3-8B", {}, (1, 2)),
+        ("Llama-3-8B", {}, (2, 2)),
         ("Llama-3-8B", {"sequence_parallel": False, "loss_parallel": False}, (1, 2)),
         ("Llama-3-8B", {"activation_checkpointing": "full"}, (2, 2)),
         ("pythia-14m", {"activation_checkpointing": "selective"}, (1, 4)),

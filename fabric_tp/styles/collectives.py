@@ -60,6 +60,11 @@ def gather(x: Tensor, group: Group, dim: int = SEQUENCE_DIM) -> Tensor:
     return x if group.size == 1 else _Gather.apply(x, dim % x.dim(), group.size, group.name)
 
 
+def traceable_gather(x: Tensor, group: Group, dim: int = SEQUENCE_DIM) -> Tensor:
+    """As :func:`gather`, without an autograd function, inside which torch 2.11's compiler makes nothing again."""
+    return start_gather(x, dim % x.dim(), group.size, group.name, _torch.start_differentiable_all_gather)()
+
+
 def reduce_scatter(x: Tensor, group: Group, dim: int = SEQUENCE_DIM) -> Tensor:
     """Partial sums ``(b, s, n)`` on each rank -> this rank's shard ``(b, s/t, n)`` of their sum."""
     return x if group.size == 1 else _ReduceScatter.apply(x, dim % x.dim(), group.size, group.name)
@@ -153,12 +158,14 @@ def _reduce_scatter_along(x: Tensor, dim: int, size: int, name: str) -> Tensor:
     return start_reduce_scatter(x, dim, size, name)()
 
 
-def start_gather(x: Tensor, dim: int, size: int, name: str) -> Callable[[], Tensor]:
+def start_gather(
+    x: Tensor, dim: int, size: int, name: str, start: Callable[[Tensor, int, str], Tensor] = _torch.start_all_gather
+) -> Callable[[], Tensor]:
     """Issue the all-gather of :func:`gather`; what is returned waits for it."""
     if x.shape[:dim].numel() == 1:  # nothing before dim: the ranks' shards already lie one after the other
-        flat = _torch.start_all_gather(x.flatten(0, dim), size, name)
+        flat = start(x.flatten(0, dim), size, name)
         return lambda: _unflatten_(_torch.wait(flat), dim)
-    shards = _torch.start_all_gather(x, size, name)
+    shards = start(x, size, name)
     return lambda: torch.cat(_torch.wait(shards).chunk(size), dim)
 
 
@@ -179,6 +186,8 @@ def start_reduce(x: Tensor, name: str) -> Callable[[], Tensor]:
 
 def _unflatten_(x: Tensor, dims: int) -> Tensor:
     """Put back leading dimensions of 1, in place: FSDP2 warns of modules that return a view."""
+    if torch.compiler.is_compiling():  # in an autograd function, the compiler would miss that the shape has changed
+        return x[(None,) * dims]
     for _ in range(dims):
         x.unsqueeze_(0)
     return x

@@ -2,12 +2,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from fabric_tp.styles.collectives import copy, gather
+from fabric_tp.styles.collectives import gather
 from fabric_tp.styles.linear import enter
 from fabric_tp.styles.style import Layout, Parallelized, Style, own_parameters
 
@@ -47,8 +46,8 @@ def enter_sharded(this: Parallelized, x: Tensor, layout: Layout | None, regather
     """The whole input of a sharded computation, of which each rank adds a part to the gradient."""
     if layout is None or this.group.size == 1:
         return x
-    if torch.compiler.is_compiling() or (layout == "sequence" and not regather):
-        return gather(x, this.group) if layout == "sequence" else copy(x, this.group)
+    if layout == "sequence" and not regather:
+        return gather(x, this.group)
     return enter(x, this.group, sequence=layout == "sequence")
 
 

@@ -22,8 +22,16 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fabric_tp import _torch
-from fabric_tp.remake import Remakes, maker_of, release, remake, saved
-from fabric_tp.styles.collectives import SEQUENCE_DIM, Group, copy, start_gather, start_reduce, start_reduce_scatter
+from fabric_tp.remake import Remakes, maker_of, recomputed, release, remake, saved
+from fabric_tp.styles.collectives import (
+    SEQUENCE_DIM,
+    Group,
+    copy,
+    start_gather,
+    start_reduce,
+    start_reduce_scatter,
+    traceable_gather,
+)
 
 
 def enter(x: Tensor, group: Group, *, sequence: bool) -> Tensor:
@@ -37,6 +45,8 @@ def enter(x: Tensor, group: Group, *, sequence: bool) -> Tensor:
     Returns:
         ``(b, s, h)``, for :func:`linear`.
     """
+    if torch.compiler.is_compiling():
+        return recomputed(traceable_gather, x, group) if sequence else copy(x, group)
     maker = maker_of(x)
     if maker is None and not sequence:  # nothing to make again: the layers keep it, if they train
         return copy(x, group)
@@ -54,7 +64,10 @@ def linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
         biases: Each ``(f,)``; as many as weights, or none.
     """
     there = [bias for bias in biases if bias is not None]
-    if torch.compiler.is_compiling() or (maker_of(x) is None and len(weights) == 1):
+    if torch.compiler.is_compiling():
+        weight = weights[0] if len(weights) == 1 else recomputed(torch.cat, list(weights))
+        return F.linear(x, weight, _cat(there) if there else None)
+    if maker_of(x) is None and len(weights) == 1:
         return F.linear(x, *_whole(weights, there))
     return _Linear.apply(x, maker_of(x), len(weights), *weights, *there)
 

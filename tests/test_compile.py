@@ -1,0 +1,61 @@
+"""Blocks under torch.compile: one graph each, that keeps for the backward what blocks that are not compiled keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from litgpt import GPT
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+import fabric_tp
+from tests.test_memory_of_blocks import kept
+
+RANKS, LENGTH, WIDTH = 8, 512, 512
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[DeviceMesh]:
+    dist.init_process_group("fake", rank=0, world_size=RANKS)
+    yield init_device_mesh("cpu", (RANKS,), mesh_dim_names=("tensor_parallel",))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def compiler() -> None:
+    torch.compiler.reset()
+
+
+def gpt(name: str, layers: int) -> nn.Module:
+    sizes = {"n_embd": WIDTH, "n_head": 32, "intermediate_size": 1792, "padded_vocab_size": 1024}
+    if name.startswith("Llama-3"):
+        sizes["n_query_groups"] = 8
+    return GPT.from_name(name, n_layer=layers, **sizes)
+
+
+@pytest.mark.parametrize("options", [{}, {"regather": False}, {"lean": False}, {"sequence_parallel": False}], ids=str)
+@pytest.mark.parametrize("name", ["Llama-3-8B", "pythia-14m", "Gemma-2-2b", "OLMo-2-1124-7B", "phi-2"])
+def test_a_block_is_one_graph(mesh, name, options) -> None:
+    model = fabric_tp.litgpt(**options)(gpt(name, 1), mesh)
+    for block in model.transformer.h:
+        block.compile(backend="eager", fullgraph=True)  # raises where the compiler would give up on a part
+    logits = model(torch.zeros(1, LENGTH, dtype=torch.int64))
+    logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def kept_per_layer(mesh: DeviceMesh, **options: Any) -> float:
+    """In multiples of s*b*h/t bytes, of a model in bf16."""
+    parallelize = fabric_tp.litgpt(**options)
+    one, three = (kept(parallelize(gpt("Llama-3-8B", n).to(torch.bfloat16), mesh), LENGTH) for n in (1, 3))
+    return (three - one) / 2 / (LENGTH * WIDTH / RANKS)
+
+
+def test_keeps_what_it_keeps_uncompiled(mesh) -> None:
+    eager = kept_per_layer(mesh)
+    assert kept_per_layer(mesh, compile=True) == eager
+    assert kept_per_layer(mesh, compile=True, regather=False) == eager + 4 * RANKS  # two gathered inputs of 2 bytes
