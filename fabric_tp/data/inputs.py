@@ -15,8 +15,8 @@ from fabric_tp.data.groups import gather_objects, gloo_group, gloo_group_of_all
 from fabric_tp.data.lengths import InStep, agreed_length, own_length
 from fabric_tp.data.loader import ParallelDataLoader, Setup
 from fabric_tp.data.repair import Preparation
-from fabric_tp.data.streams import mix
 from fabric_tp.data.verify import Verifier
+from fabric_tp.seeds import mix
 
 PREFETCH = 2
 

@@ -13,7 +13,8 @@ from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch.utils.data import DataLoader, DistributedSampler
 
-from fabric_tp.data.streams import RandomStream, mix
+from fabric_tp.data.streams import RandomStream
+from fabric_tp.seeds import mix
 
 
 class Preparation:

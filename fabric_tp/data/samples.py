@@ -7,7 +7,8 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from fabric_tp.data.streams import RandomStream, mix
+from fabric_tp.data.streams import RandomStream
+from fabric_tp.seeds import mix
 
 
 class SeededSamples(Dataset):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-
-def mix(*words: object) -> int:
-    """A seed below 2**63 that depends on all words, their types and their order."""
-    digest = hashlib.blake2b(repr(words).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+from fabric_tp.seeds import mix
 
 
 class RandomStream:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fabric_tp.plan import tie, tied_parameters
+from fabric_tp.seeds import mix
 from fabric_tp.shards import copy_shard
 from fabric_tp.styles.fused import FusedModule
 
@@ -40,7 +40,7 @@ def initialize(model: nn.Module, device: torch.device, seed: int) -> None:
     devices = [device] if device.type != "cpu" else []
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"), torch.no_grad():
         for name, module, wanted in pending:
-            torch.manual_seed(_module_seed(seed, name))
+            torch.manual_seed(mix(seed, name))
             _reset(module, wanted, device)
 
 
@@ -56,11 +56,6 @@ def broadcast(tensor: Tensor, mesh: DeviceMesh) -> None:
     for dim in reversed(range(mesh.ndim)):
         if mesh.size(dim) > 1:
             dist.broadcast(tensor, group=mesh.get_group(dim), group_src=0)
-
-
-def _module_seed(seed: int, name: str) -> int:
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % 2**63
 
 
 def _pending(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, list[tuple[nn.Module, str]]]]]:

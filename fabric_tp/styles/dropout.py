@@ -12,9 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves
 
 from fabric_tp import _torch
+from fabric_tp.seeds import mix
 from fabric_tp.styles.collectives import SEQUENCE_DIM
 from fabric_tp.styles.heads import ShardHeads
-from fabric_tp.styles.masks import Mask, dropout, mask_key
+from fabric_tp.styles.masks import Mask, dropout
 from fabric_tp.styles.prepare import Unsharded
 from fabric_tp.styles.style import Layout, LocalModule, Style
 
@@ -95,10 +96,10 @@ class RunPosition:
         """The mask for this call of a module, whose input ``x`` has samples, the same on all ranks, in dim 0."""
         forward, number = self.call(name)
         if x.shape[0] == forward.batch:
-            key = mask_key(self.seed, name, number)
+            key = mix(self.seed, name, number)
             first, stride = forward.first + self.data_parallel_rank, self.data_parallel_size
         else:  # such as the tokens of an expert, of which nobody knows the samples
-            key = mask_key(self.seed, name, number, forward.first, self.data_parallel_rank)
+            key = mix(self.seed, name, number, forward.first, self.data_parallel_rank)
             first, stride = 0, 1
         return Mask(rate, key, first, stride, shard_dim, shard_rank)
 
@@ -106,7 +107,7 @@ class RunPosition:
     def seeded(self, name: str, device: torch.device, tensor_parallel_rank: int) -> Iterator[None]:
         """Run something with torch's generators in a state of this call's own, on this rank; then restore theirs."""
         forward, number = self.call(name)
-        seed = mask_key(self.seed, name, number, forward.first, self.data_parallel_rank, tensor_parallel_rank)
+        seed = mix(self.seed, name, number, forward.first, self.data_parallel_rank, tensor_parallel_rank)
         devices = [device] if device.type != "cpu" else []
         with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
             torch.manual_seed(seed % 2**63)

@@ -13,7 +13,6 @@ compute the same bits.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -45,12 +44,6 @@ class Mask:
 
     def offset(self, shape: torch.Size, dim: int) -> int:
         return self.shard_rank * shape[dim] if dim == self.shard_dim else 0
-
-
-def mask_key(*parts: object) -> int:
-    """A 64-bit key, different for different parts."""
-    digest = hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
 
 
 def dropout(x: Tensor, mask: Mask, *, inplace: bool = False) -> Tensor:

@@ -19,10 +19,11 @@ from torch.utils.checkpoint import checkpoint
 
 import fabric_tp
 from fabric_tp.parallelize import Parallelize
+from fabric_tp.seeds import mix
 from fabric_tp.styles import Colwise, Dropout, RandomHeads, Rowwise
 from fabric_tp.styles.dropout import FORWARDS, RunPosition, follow_run
 from fabric_tp.styles.heads import ShardHeads
-from fabric_tp.styles.masks import Mask, dropped, mask_key
+from fabric_tp.styles.masks import Mask, dropped
 from fabric_tp.testing import next_token_loss
 from fabric_tp.testing.parity import TOLERANCE, _whole
 from fabric_tp.testing.ranks import mesh
@@ -196,7 +197,7 @@ class ExplicitDropout(nn.Module):
         self.name, self.rate, self.calls = name, rate, 0
 
     def forward(self, x: Tensor) -> Tensor:
-        drops = dropped(x.shape, Mask(self.rate, mask_key(7, self.name, self.calls)), x.device)
+        drops = dropped(x.shape, Mask(self.rate, mix(7, self.name, self.calls)), x.device)
         self.calls += 1
         return x * ~drops / (1 - self.rate)
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fabric_tp.seeds import mix
 from fabric_tp.styles import masks
-from fabric_tp.styles.masks import Mask, dropout, dropped, mask_key
+from fabric_tp.styles.masks import Mask, dropout, dropped
 
 SHAPE = torch.Size((8, 64, 512))
 RATES = [0.01, 0.1, 0.5, 0.9]
@@ -17,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def mask_of(rate: float, *key: object) -> Mask:
-    return Mask(rate, mask_key(*key))
+    return Mask(rate, mix(*key))
 
 
 def correlation(one: Tensor, other: Tensor, rate: float) -> float:
@@ -71,9 +72,9 @@ def test_correlation_is_noticed() -> None:
     "other",
     [
         mask_of(0.1, "b"),
-        Mask(0.1, mask_key("a"), first=8),
-        Mask(0.1, mask_key("a"), first=2**32),
-        Mask(0.1, mask_key("a") ^ 1),
+        Mask(0.1, mix("a"), first=8),
+        Mask(0.1, mix("a"), first=2**32),
+        Mask(0.1, mix("a") ^ 1),
     ],
     ids=["key", "next samples", "samples far away", "key by one bit"],
 )
@@ -86,7 +87,7 @@ def test_shards_make_the_whole(shape) -> None:
     whole = dropped(torch.Size(shape), mask_of(0.3, "a"), CPU)
     for dim in range(1, len(shape)):
         local = torch.Size(n // 2 if i == dim else n for i, n in enumerate(shape))
-        parts = [dropped(local, Mask(0.3, mask_key("a"), shard_dim=dim, shard_rank=rank), CPU) for rank in range(2)]
+        parts = [dropped(local, Mask(0.3, mix("a"), shard_dim=dim, shard_rank=rank), CPU) for rank in range(2)]
         assert torch.equal(torch.cat(parts, dim), whole)
         assert not torch.equal(parts[0], parts[1])
 
