@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -144,6 +145,20 @@ def register_first_step_post_hook(optimizer: Optimizer, hook: Callable[..., None
     handle = optimizer.register_step_post_hook(hook)
     optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
     return handle
+
+
+def is_traced() -> bool:
+    """Whether the compiler, in any of its passes, runs what calls this."""
+    return torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
+
+
+def silence_compiler_on_checkpoints() -> None:
+    """Whoever gives ``context_fn`` to a checkpoint within a compiled function is told not to use in-place operators."""
+    logging.getLogger("torch._higher_order_ops.wrap").addFilter(_is_not_about_context_fn)
+
+
+def _is_not_about_context_fn(record: logging.LogRecord) -> bool:
+    return "context_fn is passed" not in record.getMessage()
 
 
 def is_fake(x: Tensor) -> bool:

@@ -22,6 +22,7 @@ from fabric_tp.derive import Options, derive_plan, make_lean
 from fabric_tp.plan import Plan, apply_plan, check_plan, table, tied_parameters
 from fabric_tp.random import broadcast, initialize, shared_seed
 from fabric_tp.styles import VocabParallelEmbedding
+from fabric_tp.styles.compiled import compile_block
 from fabric_tp.styles.dropout import follow_run, has_followers
 from fabric_tp.styles.embedding import check_sequence_length
 from fabric_tp.styles.partial import PartialGradients
@@ -78,10 +79,7 @@ class Parallelize:
             make_lean(model, self._architecture(model).lean)
         apply_plan(plan, model, mesh)
         blocks = self._blocks(model)
-        self._checkpoint(blocks)
-        if self.compile:
-            for block in blocks:
-                block.compile()
+        self._checkpoint_or_compile(blocks)
         self._fully_shard(model, blocks, _axis(device_mesh, DATA_PARALLEL))
         if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
             initialize(model, device, shared_seed(device_mesh))
@@ -149,13 +147,14 @@ class Parallelize:
             raise ValueError(f"blocks={path!r} is not a module of the model.")
         return list(children(model, path).values()) if path else [model]
 
-    def _checkpoint(self, blocks: list[nn.Module]) -> None:
-        if self.activation_checkpointing == "full":
-            for block in blocks:
+    def _checkpoint_or_compile(self, blocks: list[nn.Module]) -> None:
+        for block in blocks:
+            if self.compile:
+                compile_block(block, POLICIES[self.activation_checkpointing])
+            elif self.activation_checkpointing == "full":
                 _torch.checkpoint(block)
-        elif self.activation_checkpointing == "selective":
-            for block in blocks:
-                _torch.checkpoint(block, context_fn=_keep_compiled if self.compile else _keep_expensive)
+            elif self.activation_checkpointing == "selective":
+                _torch.checkpoint(block, context_fn=_keep_expensive)
 
     def _fully_shard(self, model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh | None) -> None:
         if mesh is None or (mesh.size() == 1 and self.mixed_precision is None):
@@ -217,7 +216,8 @@ def litgpt(
             are not repeated for the query heads that share them, masks of sliding windows are made once for all layers.
         activation_checkpointing: ``"none"``; ``"full"``: keep only each block's input and compute the block again in
             the backward; ``"selective"``: also keep the results of attention and of reductions.
-        compile: Compile each block by itself.
+        compile: Compile the forward of each block: one graph of plain tensors and collectives for all that are alike.
+            It keeps what a block keeps that is not compiled; without ``sequence_parallel``, also outputs of norms.
         mixed_precision: ``"bf16-mixed"``: FSDP2 casts each block's parameters to bf16 for the computation and reduces
             gradients in fp32. Or a ``MixedPrecisionPolicy``.
         reshard_after_forward: Free a block's gathered parameters after its forward and gather them again in its
@@ -377,9 +377,8 @@ def _keep_expensive() -> Contexts:
     return _Both(attention[0], forward), _Both(attention[1], recomputation)
 
 
-def _keep_compiled() -> Contexts:
-    """The compiler sees operators only."""
-    return create_selective_checkpoint_contexts(_keep_attention_and_reductions)
+def _keep_nothing(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _keep_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -391,6 +390,10 @@ def _keep_attention_and_reductions(context: Any, operation: Any, *args: Any, **k
     if operation in _torch.COLLECTIVE_RESULTS:
         return CheckpointPolicy.MUST_SAVE
     return _keep_attention(context, operation)
+
+
+POLICIES = {"none": None, "full": _keep_nothing, "selective": _keep_attention_and_reductions}
+"""What is kept by a checkpoint that the compiler traces: it sees operators only."""
 
 
 class _Both(AbstractContextManager[None]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,9 +11,12 @@ import torch
 import torch.distributed as dist
 from litgpt import GPT
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import fabric_tp
+from tests.architectures.test_litgpt import built
+from tests.parity import assert_equal
 from tests.test_memory_of_blocks import kept
 
 RANKS, LENGTH, WIDTH = 8, 512, 512
@@ -37,12 +41,20 @@ def gpt(name: str, layers: int) -> nn.Module:
     return GPT.from_name(name, n_layer=layers, **sizes)
 
 
-@pytest.mark.parametrize("options", [{}, {"regather": False}, {"lean": False}, {"sequence_parallel": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"lean": False, "regather": False},
+        {"sequence_parallel": False},
+        *({"activation_checkpointing": kind} for kind in ("full", "selective")),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ["Llama-3-8B", "pythia-14m", "Gemma-2-2b", "OLMo-2-1124-7B", "phi-2"])
-def test_a_block_is_one_graph(mesh, name, options) -> None:
-    model = fabric_tp.litgpt(**options)(gpt(name, 1), mesh)
-    for block in model.transformer.h:
-        block.compile(backend="eager", fullgraph=True)  # raises where the compiler would give up on a part
+def test_a_block_is_one_graph(mesh, monkeypatch, name, options) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))  # or it raises
+    model = fabric_tp.litgpt(compile=True, **options)(gpt(name, 1), mesh)
     logits = model(torch.zeros(1, LENGTH, dtype=torch.int64))
     logits.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -55,7 +67,41 @@ def kept_per_layer(mesh: DeviceMesh, **options: Any) -> float:
     return (three - one) / 2 / (LENGTH * WIDTH / RANKS)
 
 
+def test_all_blocks_share_one_graph(mesh) -> None:
+    before = counters["stats"]["unique_graphs"]
+    fabric_tp.litgpt(compile=True)(gpt("Llama-3-8B", 12), mesh)(torch.zeros(1, LENGTH, dtype=torch.int64))
+    assert counters["stats"]["unique_graphs"] - before == 1
+
+
 def test_keeps_what_it_keeps_uncompiled(mesh) -> None:
     eager = kept_per_layer(mesh)
     assert kept_per_layer(mesh, compile=True) == eager
     assert kept_per_layer(mesh, compile=True, regather=False) == eager + 4 * RANKS  # two gathered inputs of 2 bytes
+
+
+@pytest.mark.parametrize(
+    ("kind", "multiple"),
+    [
+        ("full", 2),  # the residual stream
+        ("selective", 2 + 2 + 4 * 32 / WIDTH + 2),  # attention's result with a number for each head; its reduction's
+    ],
+)
+def test_activation_checkpointing(mesh, caplog, kind, multiple) -> None:
+    kept = kept_per_layer(mesh, compile=True, activation_checkpointing=kind)
+    random_state = torch.get_rng_state().nbytes / (LENGTH * WIDTH / RANKS)
+    assert kept == pytest.approx(multiple, abs=random_state)
+    assert "context_fn" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("structure", "kind", "sizes"),
+    [
+        ("softcapping, sliding window, post-norms", "selective", (1, 2)),
+        ("parallel residual, shared norm, biases, head bias", "full", (2, 2)),
+        ("shared experts, grouped router, a dense layer", "none", (1, 2)),  # no block is one graph
+        ("shared experts, grouped router, a dense layer", "full", (1, 2)),
+    ],
+)
+def test_equals_one_device(pool, structure, kind, sizes) -> None:
+    pool(sizes[0] * sizes[1])(torch.compiler.reset)
+    assert_equal(pool, built(structure), fabric_tp.litgpt(compile=True, activation_checkpointing=kind), sizes)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fabric_tp import _torch
 from fabric_tp.lean import Table, activated, gated, rms_norm
+from fabric_tp.remake import recomputed
 
 
 class LeanRMSNorm(nn.Module):
@@ -71,7 +72,7 @@ class LeanAttention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any = None, input_pos: Any = None, *rest: Any
     ) -> Tensor:
-        if input_pos is not None or not self.apply_sliding_window_attention:
+        if input_pos is not None or not self.apply_sliding_window_attention or torch.compiler.is_compiling():
             return super().forward(x, cos, sin, mask, input_pos, *rest)  # type: ignore[misc]
         self.apply_sliding_window_attention, self.slides = False, True
         try:
@@ -83,6 +84,8 @@ class LeanAttention(nn.Module):
         """Of ``q`` ``(b, heads, s, d)`` and ``k`` and ``v`` of as many heads: those of a group are the same."""
         if self.slides:
             mask = self._window(q)
+        elif torch.compiler.is_compiling() and self.apply_sliding_window_attention and torch.is_grad_enabled():
+            mask = recomputed(window_mask, *self._window_of(q))  # the module's own, now unused, is never made
         capped = self.config.attention_logit_softcapping is not None
         if mask is not None or capped or not torch.is_grad_enabled() or k.shape[1] != q.shape[1]:
             return super().scaled_dot_product_attention(q, k, v, mask)  # type: ignore[misc]
@@ -100,10 +103,14 @@ class LeanAttention(nn.Module):
         return y.transpose(1, 2)
 
     def _window(self, q: Tensor) -> Tensor:
-        key = (q.shape[2], self.config.sliding_window_size, q.dtype, q.device)
+        key = self._window_of(q)
         if self.lean_shared.get("window") != key:
-            self.lean_shared.update(window=key, mask=window_mask(q.shape[2], self.config.sliding_window_size, q))  # type: ignore[arg-type]
+            self.lean_shared.update(window=key, mask=window_mask(*key))
         return self.lean_shared["mask"]
+
+    def _window_of(self, q: Tensor) -> tuple[int, int, torch.dtype, torch.device]:
+        assert self.config.sliding_window_size is not None
+        return q.shape[2], self.config.sliding_window_size, q.dtype, q.device
 
 
 def _copy(x: Tensor) -> Tensor:
@@ -111,11 +118,11 @@ def _copy(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def window_mask(length: int, window: int, like: Tensor) -> Tensor:
+def window_mask(length: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``(1, 1, length, length)``: 0 where a position sees another one, the last ``window`` and itself among them."""
-    position = torch.arange(length, device=like.device)
+    position = torch.arange(length, device=device)
     distance = position[:, None] - position[None, :]
-    mask = torch.zeros(length, length, dtype=like.dtype, device=like.device)
+    mask = torch.zeros(length, length, dtype=dtype, device=device)
     return mask.masked_fill_((distance < 0) | (distance >= window), float("-inf")).view(1, 1, length, length)
 
 

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from fabric_tp.styles.collectives import Group
@@ -29,23 +29,29 @@ class FusedModule(LocalModule):
         assert isinstance(style, FusedColwise)
         return [f"{part}.{name}" for part in style.parts]
 
-    def local_parts(self, name: str) -> Iterator[Tensor]:
-        """What this rank computes with of each part."""
+    def holders(self) -> dict[str, nn.Module]:
+        style = self.parallelized.style
+        assert isinstance(style, FusedColwise)
+        return super().holders() | {f"{part}.": self.get_submodule(part) for part in style.parts}
+
+    def localize(self, name: str, local: Tensor) -> Tensor:
         this = self.parallelized
         assert isinstance(this.style, FusedColwise)
-        for part in this.style.parts:
-            parameter = self.get_parameter(f"{part}.{name}")
-            assert isinstance(parameter, DTensor)
-            local = parameter.to_local(grad_placements=this.grad_placements[f"{part}.{name}"])
-            heads = this.style.shared.get(part)
-            yield heads.select(local, this.group) if heads else local
+        heads = this.style.shared.get(name.split(".")[0])
+        return heads.select(local, this.group) if heads else local
+
+    def local_parts(self, name: str) -> list[Tensor]:
+        """What this rank computes with of each part, in the forward."""
+        style = self.parallelized.style
+        assert isinstance(style, FusedColwise)
+        return [getattr(self.get_submodule(part), name) for part in style.parts]
 
 
 class _FusedLinear(FusedModule):
     """The parts' local rows, put together, make one matrix product."""
 
     def compute(self, x: Tensor) -> Tensor:
-        parts = {name: list(self.local_parts(name)) for name in self.fused_names()}
+        parts = {name: self.local_parts(name) for name in self.fused_names()}
         return linear(x, parts["weight"], parts.get("bias", ()))
 
 

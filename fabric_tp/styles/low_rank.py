@@ -25,7 +25,7 @@ from fabric_tp.styles.fused import FusedColwise, FusedModule
 from fabric_tp.styles.head import LMHead
 from fabric_tp.styles.heads import Heads, set_attributes
 from fabric_tp.styles.rowwise import leave_sharded, leaving
-from fabric_tp.styles.style import Layout, Parallelized, Style, own_parameters
+from fabric_tp.styles.style import Held, Layout, Parallelized, Style, own_parameters
 
 DOWN, UP = "lora_A", "lora_B"
 
@@ -74,15 +74,13 @@ def _placements(module: nn.Module, *, down: Placement, up: Placement) -> dict[st
 class _LowRankFused(FusedModule):
     """The module's own forward, on rows of B that are put together from their parts."""
 
-    def compute(self, x: Tensor) -> Tensor:
-        names = self.fused_names()
-        try:
-            for name in names:
-                self._parameters[name] = torch.cat(list(self.local_parts(name)))  # type: ignore[assignment]
-            return super().compute(x)
-        finally:
-            for name in names:
-                del self._parameters[name]
+    def take_local(self) -> Held:
+        held = super().take_local()
+        for name in self.fused_names():
+            if name not in self._parameters:
+                self._parameters[name] = torch.cat(self.local_parts(name))  # type: ignore[assignment]
+                held.append((self, name, None))
+        return held
 
 
 class LowRankFused(FusedColwise):

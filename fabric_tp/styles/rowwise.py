@@ -31,7 +31,7 @@ class _RowwiseLinear(LocalModule):
         y = reduction(super().forward, *args, *kwargs.values())
         if bias is None:
             return y
-        return y + bias.to_local(grad_placements=self.parallelized.grad_placements["bias"])  # type: ignore[attr-defined]
+        return y + self.local("bias", bias)
 
 
 class Rowwise(Style):

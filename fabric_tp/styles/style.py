@@ -38,6 +38,18 @@ class Parallelized:
         self.grad_placements.update({name: [Replicate()] for name in self.partial})
 
 
+Held = list[tuple[nn.Module, str, nn.Parameter | None]]
+"""Modules, names of their parameters, and the parameters themselves, in whose place something else is at the moment."""
+
+
+def put_back(held: Held) -> None:
+    for module, name, parameter in held:
+        if parameter is None:
+            del module._parameters[name]
+        else:
+            module._parameters[name] = parameter
+
+
 class LocalModule(nn.Module):
     """Mixed into the class of a parallelized module: while its forward runs, parameters are this rank's plain tensors.
 
@@ -50,16 +62,32 @@ class LocalModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         this = self.parallelized
         args, kwargs = _replace_first(this.style.enter, this, args, kwargs)
-        held = {name: p for name, p in self._parameters.items() if isinstance(p, DTensor)}
-        for name, parameter in held.items():
-            local: Any = parameter.to_local(grad_placements=this.grad_placements[name])  # type: ignore[union-attr]
-            self._parameters[name] = self.localize(name, local)  # type: ignore[assignment]
+        held = self.take_local()
         try:
             output = self.compute(*args, **kwargs)
         finally:
-            for name, parameter in held.items():
-                self._parameters[name] = parameter  # type: ignore[assignment]
+            put_back(held)
         return this.style.leave(this, output)
+
+    def take_local(self) -> Held:
+        """Put plain local tensors in the place of the DTensors that this module computes with."""
+        held: Held = []
+        for prefix, holder in self.holders().items():
+            for name, parameter in list(holder._parameters.items()):
+                if isinstance(parameter, DTensor):
+                    holder._parameters[name] = self.localize(prefix + name, self.local(prefix + name, parameter))  # type: ignore[assignment]
+                    held.append((holder, name, parameter))
+        return held
+
+    def local(self, name: str, parameter: Tensor) -> Tensor:
+        """This rank's part of a parameter, or what stands in its place already."""
+        if not isinstance(parameter, DTensor):
+            return parameter
+        return parameter.to_local(grad_placements=self.parallelized.grad_placements[name])
+
+    def holders(self) -> dict[str, nn.Module]:
+        """The modules that hold the parameters, by what the names of these begin with."""
+        return {"": self}
 
     def localize(self, name: str, local: Tensor) -> Tensor:
         """What of a parameter, as this rank stores it, the forward is to see."""

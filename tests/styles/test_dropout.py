@@ -282,6 +282,7 @@ def test_reseeding_changes_nothing(pool, one_device) -> None:
 
 @pytest.mark.parametrize("kind", ["none", "full"])
 def test_compile(pool, one_device, kind) -> None:
+    pool(2)(torch.compiler.reset)
     result = pool(2)(train, residual, {"compile": True, "activation_checkpointing": kind}, (1, 2))
     assert worst(result, one_device(residual)) < TOLERANCE
 
