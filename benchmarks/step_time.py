@@ -12,7 +12,7 @@ import warnings
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -90,8 +90,10 @@ def main(
             slowest = max(connection.recv() for connection in connections)
             if index >= 2:
                 times.append(slowest)
+    for connection in [*ranks, *alone]:
+        connection.send(None)
     for process in processes:
-        process.kill()
+        process.join()
     what = "A whole step" if whole else "Forward and backward"
     title = f"{what} on {tensor_parallel_size} gloo ranks, {shape.layers} layers of width {shape.width}"
     report(title, seconds, peer=ways[0] if memory else "torch's styles", setting=asdict(shape), out=out)
@@ -114,7 +116,8 @@ def _rank(
             transformers_step(shape, whole, mesh, folder / "transformers"),
         )
         _serve(dict(zip(PEERS, peers, strict=True)), connection)
-    _serve({name: litgpt_step(shape, whole, mesh, **MEMORY[name]) for name in ways}, connection)
+    else:
+        _serve({name: litgpt_step(shape, whole, mesh, **MEMORY[name]) for name in ways}, connection)
 
 
 def _alone(threads: int, shape: Shape, whole: bool, connection: Connection) -> None:
@@ -123,11 +126,11 @@ def _alone(threads: int, shape: Shape, whole: bool, connection: Connection) -> N
     _serve({ALONE: one_device_step(shape, whole)}, connection)
 
 
-def _serve(steps: dict[str, Step], connection: Connection) -> NoReturn:
-    while True:
-        step = steps[connection.recv()]
+def _serve(steps: dict[str, Step], connection: Connection) -> None:
+    """Take the steps whose names come, until None comes."""
+    for name in iter(connection.recv, None):
         start = time.perf_counter()
-        step()
+        steps[name]()
         connection.send(time.perf_counter() - start)
 
 
