@@ -20,6 +20,7 @@ import torch
 from jsonargparse import auto_cli
 
 import fabric_tp
+from benchmarks.llama import Shape
 from benchmarks.memory_scaling import peer, shape_of
 from benchmarks.plot import markdown
 from fabric_tp.communication import Collective, CollectiveKind, ring_bytes
@@ -51,21 +52,8 @@ def main(
     """
     shape = shape_of(model, length)
     stream = 2 * shape.length * shape.width  # bf16
-    ways: dict[str, tuple[Step, Counts]] = {}
-    for sequence_parallel in (True, False):
-        label = "sequence parallel" if sequence_parallel else "without"
-        for name, options in OPTIONS.items():
-            options = {"sequence_parallel": sequence_parallel, **options}
-            if not sequence_parallel and "regather" in options:
-                continue
-            step: Step = fabric_tp.estimate(
-                model, fabric_tp.litgpt(**options), tensor_parallel_size=tensor_parallel_size, sequence_length=length
-            )
-            ways[f"{name}, {label}"] = step, least(shape.layers, sequence_parallel)
-    ways["torch's styles, sequence parallel"] = peer(model, 1, tensor_parallel_size, length), least(shape.layers, True)
-
     rows, results = [], {}
-    for name, (step, expected) in ways.items():
+    for name, (step, expected) in steps(model, shape, tensor_parallel_size).items():
         large, small = split(step.collectives, stream)
         counts = Counter(each.kind for each in large)
         again = counts["all-gather"] - expected["all-gather"]
@@ -89,6 +77,7 @@ def main(
                 f"{sent / 2**30:.3f} ({wire / 2**30:.3f})",
             ]
         )
+
     headings = ["counted (least)", "all-gather", "reduce-scatter", "all-reduce", "gathered again", "small", "GiB sent"]
     table = markdown(headings, rows)
     print(table)
@@ -96,6 +85,29 @@ def main(
     (out / "communication.md").write_text(table)
     setting = {"model": model, "tensor_parallel_size": tensor_parallel_size, "length": length}
     (out / "communication.json").write_text(json.dumps({**setting, "ways": results}, indent=1) + "\n")
+
+
+def steps(model: str, shape: Shape, tensor_parallel_size: int) -> dict[str, tuple[Step, Counts]]:
+    """What is counted, and the least there can be of it."""
+    ways: dict[str, tuple[Step, Counts]] = {}
+    for sequence_parallel in (True, False):
+        label = "sequence parallel" if sequence_parallel else "without"
+        for name, options in OPTIONS.items():
+            options = {"sequence_parallel": sequence_parallel, **options}
+            if not sequence_parallel and "regather" in options:
+                continue
+            step: Step = fabric_tp.estimate(
+                model,
+                fabric_tp.litgpt(**options),
+                tensor_parallel_size=tensor_parallel_size,
+                sequence_length=shape.length,
+            )
+            ways[f"{name}, {label}"] = step, least(shape.layers, sequence_parallel)
+    ways["torch's styles, sequence parallel"] = (
+        peer(model, 1, tensor_parallel_size, shape.length),
+        least(shape.layers, True),
+    )
+    return ways
 
 
 def least(layers: int, sequence_parallel: bool) -> Counts:

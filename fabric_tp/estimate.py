@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from fabric_tp.communication import Collective
 from fabric_tp.loss import cross_entropy
@@ -104,8 +105,8 @@ def estimate(
 
     Rank 0 of the mesh runs a real step (forward, loss, backward, clipping, fused AdamW) on fake tensors with
     collectives that go nowhere, with the optimizer's state of an earlier step. What an operation takes and gives back
-    within itself, and what the allocator wastes, is not in it. Blocks are counted as if they were not compiled, which
-    needs no less memory than if they were. Experts get equally many tokens each.
+    within itself, and what the allocator wastes, is not in it. Blocks are counted as if they were not compiled:
+    compiled ones keep as much, and without sequence parallelism also outputs of norms. Experts get equally many tokens.
 
     Args:
         model: A name that litgpt knows (``"Llama-3-8B"``), a checkpoint directory, or a config.
@@ -138,22 +139,7 @@ def estimate(
 
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     with pretend_mesh(data_parallel_size, tensor_parallel_size) as mesh, pretend_tensors(config.n_expert or 1):
-        with default_dtype(dtype):
-            gpt = GPT(config)
-        gpt.max_seq_length = length
-        gpt.reset_parameters()  # the rotary tables, which Fabric leaves in fp32
-        parallelize(gpt, mesh)
-        optimizer = torch.optim.AdamW(gpt.parameters(), fused=True)
-        tokens, targets = (torch.zeros(micro_batch_size, length, dtype=torch.int64) for _ in range(2))
-        step = count_step(
-            gpt,
-            optimizer,
-            lambda: gpt(tokens),
-            lambda logits: cross_entropy(logits, targets),
-            mesh=mesh,
-            batch=(tokens, targets),
-            warm_up=False,
-        )
+        step = _count(config, parallelize, mesh, (micro_batch_size, length), dtype)
     limits = least_memory(
         meta_model,
         parallelize,
@@ -173,6 +159,28 @@ def estimate(
         precision=precision,
         least=limits,
         parallelize=parallelize,
+    )
+
+
+def _count(
+    config: Config, parallelize: Parallelize, mesh: DeviceMesh, batch: tuple[int, int], dtype: torch.dtype
+) -> Step:
+    from litgpt import GPT
+
+    with default_dtype(dtype):
+        gpt = GPT(config)
+    gpt.max_seq_length = batch[1]
+    gpt.reset_parameters()  # the rotary tables, which Fabric leaves in fp32
+    parallelize(gpt, mesh)
+    tokens, targets = (torch.zeros(batch, dtype=torch.int64) for _ in range(2))
+    return count_step(
+        gpt,
+        torch.optim.AdamW(gpt.parameters(), fused=True),
+        lambda: gpt(tokens),
+        lambda logits: cross_entropy(logits, targets),
+        mesh=mesh,
+        batch=(tokens, targets),
+        warm_up=False,
     )
 
 
