@@ -37,16 +37,25 @@ def real_step(
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     tokens = torch.randint(VOCABULARY, (BATCH, LENGTH))
     targets = tokens.clone()
-    step = count_step(
-        model,
-        optimizer,
-        lambda: model(tokens),
-        lambda logits: fabric_tp.cross_entropy(logits, targets),
-        mesh=mesh(*sizes),
-        batch=(tokens, targets),
+    # gloo's threads free what an asynchronous collective took when they get to it: a step may count that as well.
+    step, *others = (
+        count_step(
+            model,
+            optimizer,
+            lambda: model(tokens),
+            lambda logits: fabric_tp.cross_entropy(logits, targets),
+            mesh=mesh(*sizes),
+            batch=(tokens, targets),
+        )
+        for _ in range(3)
     )
+    most = {kind: min(most, *(other.memory.most[kind] for other in others)) for kind, most in step.memory.most.items()}
     axes = {each.axis for each in step.collectives}
-    return step.memory.peak, dict(step.memory.most), {axis: step.sent(axis) for axis in axes}
+    return (
+        min(each.memory.peak for each in (step, *others)),
+        most,
+        {axis: step.sent(axis) for axis in axes},
+    )
 
 
 CASES = [
@@ -63,7 +72,6 @@ CASES = [
 def test_estimate_is_what_a_real_step_needs(pool, name, sizes, options, precision) -> None:
     peak, most, sent = pool(sizes[0] * sizes[1])(real_step, name, sizes, options, precision)
     estimated = estimated_step(name, sizes, options, precision)
-    # Most are equal to the byte; but gloo's threads free what an asynchronous collective took when they get to it.
     assert estimated.memory.peak == pytest.approx(peak, rel=0.03)
     for kind in ("parameters", "gradients", "optimizer state", "activations"):
         assert estimated.memory.most[kind] == pytest.approx(most[kind], rel=0.03), kind
