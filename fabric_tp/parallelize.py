@@ -353,15 +353,16 @@ def _device(mesh: DeviceMesh) -> torch.device:
 def _synchronise(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
     """Give all ranks the first rank's values, as data parallelism does: each is about to keep a part of its own copy.
 
-    Parameters visit the device one by one; buffers stay there.
+    Parameters visit the device one by one; buffers stay there. In the order of their names: a module that makes its
+    buffers from a set (Gemma 3's rotary tables) has them in another order in each process.
     """
     if mesh.size() > 1:
-        for parameter in model.parameters():
+        for _, parameter in sorted(model.named_parameters()):
             if not parameter.is_meta:
                 on_device = parameter.data.to(device)
                 broadcast(on_device, mesh)
                 parameter.data = on_device.to(parameter.device)
-    for buffer in model.buffers():
+    for _, buffer in sorted(model.named_buffers()):
         if not buffer.is_meta:
             buffer.data = buffer.data.to(device)
             broadcast(buffer.data, mesh)

@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 import fabric_tp
 from fabric_tp.shards import gather_shards
+from fabric_tp.testing.ranks import mesh
 from tests.fabric import torchrun_environment
 from tests.models import LENGTH, VOCABULARY, build, litgpt_config
 
@@ -155,3 +156,20 @@ def torch_loss_parallel(sizes: tuple[int, int]) -> tuple[float, float]:
 
 def test_torch_loss_parallel_works_on_the_logits(pool) -> None:
     pool(2)(torch_loss_parallel, (1, 2))
+
+
+def buffers_after_parallelizing() -> list[float]:
+    """Of a model whose buffers each rank has in another order, as if they were made from a set."""
+    model = build("llama")
+    names = ["first", "second", "third"]
+    for name in names if torch.distributed.get_rank() == 0 else reversed(names):
+        model.register_buffer(name, torch.tensor(float(names.index(name))))
+    fabric_tp.llama()(model, mesh(1, 2))
+    values = torch.stack([model.get_buffer(name) for name in names])
+    gathered = [torch.empty_like(values) for _ in range(2)]
+    torch.distributed.all_gather(gathered, values)
+    return torch.cat(gathered).tolist()
+
+
+def test_buffers_in_another_order_on_each_rank_are_not_swapped(pool) -> None:
+    assert pool(2)(buffers_after_parallelizing) == [0, 1, 2] * 2

@@ -38,7 +38,9 @@ def _changed(adapter: nn.Module) -> tuple[str, ...]:
 
 def _shared_norm(block: nn.Module) -> str | None:
     config: Any = block.config
-    return "norm_1" if config.parallel_residual and config.shared_attention_norm else None
+    forward: Any = type(block).forward
+    known = (forward.__module__, forward.__qualname__) == ("litgpt.model", "Block.forward")
+    return "norm_1" if known and config.parallel_residual and config.shared_attention_norm else None
 
 
 LITGPT = Architecture(

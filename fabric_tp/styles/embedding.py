@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import Placement
@@ -16,18 +15,23 @@ class _VocabParallelEmbedding(LocalModule):
     padding_idx: int | None
 
     def compute(self, tokens: Tensor) -> Tensor:
+        """The module's own forward, which may scale what it looks up, on the tokens of this rank's rows."""
         this, weight = self.parallelized, self.weight
         assert isinstance(weight, Tensor)
         rows = weight.shape[0]
         first = this.group.rank * rows
         check_tokens(tokens, rows * this.group.size)
         if this.group.size == 1:
-            return F.embedding(tokens, weight, self.padding_idx)
+            return super().compute(tokens)
         local = tokens - first
         elsewhere = (local < 0) | (local >= rows)
-        padding = self.padding_idx - first if self.padding_idx is not None else None
-        padding = padding if padding is not None and 0 <= padding < rows else None
-        embedded = F.embedding(local.masked_fill(elsewhere, 0), weight, padding)
+        padding = self.padding_idx
+        mine = padding is not None and first <= padding < first + rows
+        self.padding_idx = padding - first if mine else None  # type: ignore[operator]
+        try:
+            embedded = super().compute(local.masked_fill(elsewhere, 0))
+        finally:
+            self.padding_idx = padding
         return embedded.masked_fill(elsewhere.unsqueeze(-1), 0)
 
 
@@ -45,6 +49,9 @@ def check_tokens(tokens: Tensor, vocabulary: int) -> None:
 
 class VocabParallelEmbedding(Style):
     """An embedding split by rows of the vocabulary: each rank looks up its own tokens, the others' are zero.
+
+    A subclass of ``nn.Embedding`` computes with its own forward, which must treat each token by itself: Gemma 3's
+    multiplies with the root of the width.
 
     Args:
         output_layout: ``"replicate"``: the whole output on every rank. ``"sequence"``: each rank its part.

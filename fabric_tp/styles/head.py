@@ -62,10 +62,11 @@ class LMHead(Colwise):
         self.fused_loss = fused_loss
 
     def validate(self, module: nn.Module) -> None:
-        if self.fused_loss and (not isinstance(module, nn.Linear) or self.input_layout is None):
+        plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        if self.fused_loss and (not plain or self.input_layout is None):
             raise ValueError(
-                "fused_loss=True needs a head that is a torch.nn.Linear and takes its input as it comes, and this is a"
-                f" {type(module).__name__} with input_layout={self.input_layout!r}. Use fused_loss=False."
+                "fused_loss=True needs a head that is a torch.nn.Linear, with the forward of that class, and takes its"
+                f" input as it comes, and this is a {type(module).__name__} with input_layout={self.input_layout!r}. Use fused_loss=False."
             )
 
     def enter(self, this: Parallelized, x: Tensor) -> Tensor:

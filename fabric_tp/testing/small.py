@@ -44,6 +44,8 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3": ("Qwen3", {"head_dim": 16}),
     "Phi3": ("Phi3", {}),
     "Gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": WINDOW}),
+    "Gemma3": ("Gemma3", {"head_dim": 16, "sliding_window": WINDOW}),
+    "Gemma3, six layers": ("Gemma3", {"head_dim": 16, "sliding_window": WINDOW, "num_hidden_layers": 6}),
     "Olmo2": ("Olmo2", {}),
     "Mixtral": ("Mixtral", {}),
 }
@@ -150,7 +152,8 @@ def small_transformers(name: str, **overrides: Any) -> nn.Module:
         "pad_token_id": 0,
         "use_cache": False,
     }
-    config = getattr(transformers, f"{family}Config")(**{**sizes, **options, **overrides})
+    config_class = getattr(transformers, f"{family}TextConfig", None) or getattr(transformers, f"{family}Config")
+    config = config_class(**{**sizes, **options, **overrides})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return randomize(getattr(transformers, f"{family}ForCausalLM")(config))

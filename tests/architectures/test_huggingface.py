@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import fabric_tp
 from fabric_tp.parallelize import recognise
+from fabric_tp.testing.parity import TOLERANCE
 from fabric_tp.testing.small import TRANSFORMERS, small_transformers
-from tests.parity import assert_equal
+from tests.parity import assert_equal, differences_of
 
 FAMILIES = [name for name in TRANSFORMERS if name != "Mixtral"]
 
@@ -34,6 +38,24 @@ def test_options(pool, name, options) -> None:
 @pytest.mark.parametrize("name", ["Qwen2", "Qwen3", "Phi3", "Olmo2"])
 def test_more_ranks_than_key_and_value_heads(pool, name) -> None:
     assert_equal(pool, partial(small_transformers, name, num_key_value_heads=2), fabric_tp.auto(), (1, 4))
+
+
+def test_embedding_that_scales_what_it_looks_up(pool) -> None:
+    """Its scale is a function of the config: 4 heads and no head_dim is another one than above."""
+    few = partial(small_transformers, "Gemma3", num_attention_heads=4, num_key_value_heads=2)
+    assert_equal(pool, few, fabric_tp.auto(), (1, 2))
+
+
+def drop_scale(model: nn.Module) -> None:
+    """What the embedding did before it computed with the module's own forward."""
+    embedding: Any = model.get_submodule("model.embed_tokens")
+    embedding.embed_scale = torch.ones(())
+
+
+def test_notices_a_dropped_scale(pool) -> None:
+    build = partial(small_transformers, "Gemma3")
+    worst = differences_of(pool, build, fabric_tp.auto(), break_model=drop_scale)
+    assert max(worst.values()) > 10 * TOLERANCE
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
