@@ -66,7 +66,8 @@ class LMHead(Colwise):
         if self.fused_loss and (not plain or self.input_layout is None):
             raise ValueError(
                 "fused_loss=True needs a head that is a torch.nn.Linear, with the forward of that class, and takes its"
-                f" input as it comes, and this is a {type(module).__name__} with input_layout={self.input_layout!r}. Use fused_loss=False."
+                f" input as it comes, and this is a {type(module).__name__} with input_layout={self.input_layout!r}."
+                " Use fused_loss=False."
             )
 
     def enter(self, this: Parallelized, x: Tensor) -> Tensor:
