@@ -23,8 +23,8 @@ import fabric_tp
 from benchmarks.llama import Shape
 from benchmarks.memory_scaling import peer, shape_of
 from benchmarks.plot import markdown
-from fabric_tp.communication import Collective, CollectiveKind, ring_bytes
-from fabric_tp.step import Step
+from fabric_tp.measure.communication import Collective, CollectiveKind, ring_bytes
+from fabric_tp.measure.step import CountedStep
 
 LARGE: tuple[CollectiveKind, ...] = ("all-gather", "reduce-scatter", "all-reduce")
 Counts = dict[CollectiveKind, int]
@@ -87,16 +87,16 @@ def main(
     (out / "communication.json").write_text(json.dumps({**setting, "ways": results}, indent=1) + "\n")
 
 
-def steps(model: str, shape: Shape, tensor_parallel_size: int) -> dict[str, tuple[Step, Counts]]:
+def steps(model: str, shape: Shape, tensor_parallel_size: int) -> dict[str, tuple[CountedStep, Counts]]:
     """What is counted, and the least there can be of it."""
-    ways: dict[str, tuple[Step, Counts]] = {}
+    ways: dict[str, tuple[CountedStep, Counts]] = {}
     for sequence_parallel in (True, False):
         label = "sequence parallel" if sequence_parallel else "without"
         for name, options in OPTIONS.items():
             options = {"sequence_parallel": sequence_parallel, **options}
             if not sequence_parallel and "regather" in options:
                 continue
-            step: Step = fabric_tp.estimate(
+            step: CountedStep = fabric_tp.estimate(
                 model,
                 fabric_tp.litgpt(**options),
                 tensor_parallel_size=tensor_parallel_size,

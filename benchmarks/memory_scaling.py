@@ -29,9 +29,9 @@ from torch.distributed.tensor.parallel import loss_parallel
 import fabric_tp
 from benchmarks.llama import FeedForward, Llama, Shape, torch_plan
 from benchmarks.plot import markdown, plot_feed_forward, plot_llama
-from fabric_tp.estimate import load_config
-from fabric_tp.memory import Memory
-from fabric_tp.step import Step, count_step, default_dtype, pretend_mesh, pretend_tensors
+from fabric_tp.architectures.litgpt.config import load_config
+from fabric_tp.measure.memory import Memory
+from fabric_tp.measure.step import CountedStep, count_step, default_dtype, fake_mesh, fake_tensors
 
 PUBLISHED = {1: 4.04, 2: 2.03, 4: 1.02, 8: 0.60}
 """GB on each GPU in Lightning's guide, "Tensor Parallelism", by the number of GPUs."""
@@ -117,22 +117,22 @@ def llama(
         plot_llama(name, results, out / f"{name}.png")
 
 
-def ours(model: str, data_parallel_size: int, tensor_parallel_size: int, length: int) -> Step:
+def ours(model: str, data_parallel_size: int, tensor_parallel_size: int, length: int) -> CountedStep:
     """litgpt's model with this library."""
     sizes = {"data_parallel_size": data_parallel_size, "tensor_parallel_size": tensor_parallel_size}
     return fabric_tp.estimate(model, fabric_tp.litgpt(**LEAN), sequence_length=length, **sizes)  # type: ignore[arg-type]
 
 
-def peer(model: str, data_parallel_size: int, tensor_parallel_size: int, length: int) -> Step:
+def peer(model: str, data_parallel_size: int, tensor_parallel_size: int, length: int) -> CountedStep:
     """The same shapes with torch's own styles, FSDP2 and ``loss_parallel``, as its tutorial combines them."""
     shape = shape_of(model, length)
-    with pretend_mesh(data_parallel_size, tensor_parallel_size) as mesh, pretend_tensors():
+    with fake_mesh(data_parallel_size, tensor_parallel_size) as mesh, fake_tensors():
         with default_dtype(torch.bfloat16):
             whole = Llama(shape)
         return count_peer(whole, shape, mesh)
 
 
-def count_peer(model: Llama, shape: Shape, mesh: DeviceMesh) -> Step:
+def count_peer(model: Llama, shape: Shape, mesh: DeviceMesh) -> CountedStep:
     torch_plan(model, mesh["tensor_parallel"])
     if mesh["data_parallel"].size() > 1:
         for layer in model.layers:
@@ -148,6 +148,7 @@ def count_peer(model: Llama, shape: Shape, mesh: DeviceMesh) -> Step:
             lambda logits: F.cross_entropy(logits.flatten(0, 1), targets.flatten()),
             mesh=mesh,
             batch=(tokens, targets),
+            head=model.output,
             update=optimizer.step,
         )
 
@@ -166,11 +167,11 @@ def shape_of(model: str, length: int) -> Shape:
 
 
 def _feed_forward_memory(size: int, width: int, batch: int) -> Memory:
-    with pretend_mesh(1, size) as mesh:
+    with fake_mesh(1, size) as mesh:
         return feed_forward_step(mesh, width, batch).memory
 
 
-def feed_forward_step(mesh: DeviceMesh, width: int, batch: int) -> Step:
+def feed_forward_step(mesh: DeviceMesh, width: int, batch: int) -> CountedStep:
     with torch.device("meta"):
         model = FeedForward(Shape(width=width, hidden=width))
     fabric_tp.feed_forward()(model, mesh)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fabric_tp.memory import KINDS, Kind, Memory
+from fabric_tp.measure.memory import KINDS, Kind, Memory
 
 COLORS: Mapping[Kind, str] = {
     "parameters": "#264653",

@@ -9,15 +9,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import auto_cli
-from litgpt import GPT
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import fabric_tp
-from fabric_tp.estimate import Estimate, Precision, cheapest, fit, gib, load_config, render
+from fabric_tp.architectures.litgpt.config import load_config, meta_model
+from fabric_tp.measure.estimation import Estimate, Precision, gib, render
+from fabric_tp.measure.fit import cheapest, fit
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -77,10 +77,8 @@ def explain(model: str, *, tensor_parallel_size: int = 1, data_parallel_size: in
         data_parallel_size: Ranks of FSDP2.
         options: Of ``fabric_tp.litgpt``.
     """
-    with torch.device("meta"):
-        meta_model = GPT(load_config(model))
     sizes = {"tensor_parallel_size": tensor_parallel_size, "data_parallel_size": data_parallel_size}
-    print(fabric_tp.litgpt(mixed_precision=None, **options).explain(meta_model, **sizes))
+    print(fabric_tp.litgpt(mixed_precision=None, **options).explain(meta_model(load_config(model)), **sizes))
 
 
 def parse_bytes(text: str) -> int:

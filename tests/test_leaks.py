@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import fabric_tp
-from fabric_tp.optimizer import local
+from fabric_tp.strategy.optimizer import local
 from tests.models import LENGTH, VOCABULARY, build
-from tests.test_parallelize import fabric_on_this_rank, torchrun_environment
+from tests.parallelize.test_parallelize import fabric_on_this_rank, torchrun_environment
 
 STEPS, WARM_UP, BATCH = 30, 5, 2
 

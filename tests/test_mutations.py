@@ -12,8 +12,8 @@ from torch import nn
 from torch.distributed.tensor import Replicate
 
 import fabric_tp
+from fabric_tp.parallelize.partial_gradients import PartialGradients
 from fabric_tp.styles import AllHeadsNorm
-from fabric_tp.styles.partial import PartialGradients
 from fabric_tp.styles.style import LocalModule
 from fabric_tp.testing.parity import TOLERANCE
 from fabric_tp.testing.small import small_config, small_gpt, small_lora

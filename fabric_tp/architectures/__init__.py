@@ -1,6 +1,16 @@
 """What models look like, as plain data: one short file per family. Nothing here knows about ranks."""
 
-from fabric_tp.architectures.architecture import Architecture, Attention, Block, Experts, FeedForward, HeadCounts
+from torch import nn
+
+from fabric_tp.architectures.architecture import (
+    Architecture,
+    Attention,
+    Block,
+    Experts,
+    FeedForward,
+    Fused,
+    HeadCounts,
+)
 from fabric_tp.architectures.base_model import BASE_MODEL
 from fabric_tp.architectures.feed_forward import FEED_FORWARD
 from fabric_tp.architectures.huggingface import HUGGINGFACE
@@ -8,6 +18,23 @@ from fabric_tp.architectures.litgpt import LITGPT
 from fabric_tp.architectures.llama import LLAMA
 
 KNOWN = (LITGPT, LLAMA, HUGGINGFACE, BASE_MODEL, FEED_FORWARD)
+
+
+def recognise(model: nn.Module) -> Architecture:
+    """The architecture of a model, by the names of its modules.
+
+    Raises:
+        ValueError: It is none of the known ones.
+    """
+    for architecture in KNOWN:
+        if architecture.matches(model):
+            return architecture
+    known = "; ".join(f"{architecture.name}: {architecture.description}" for architecture in KNOWN)
+    raise ValueError(
+        f"The architecture of this {type(model).__name__} is not known. Known are: {known}. For any other model write a"
+        " plan and use fabric_tp.from_plan(plan)."
+    )
+
 
 __all__ = [
     "BASE_MODEL",
@@ -21,5 +48,7 @@ __all__ = [
     "Block",
     "Experts",
     "FeedForward",
+    "Fused",
     "HeadCounts",
+    "recognise",
 ]

@@ -1,14 +1,33 @@
+"""What there is to say about a family of models; see the README beside this file."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import nn
 
-from fabric_tp.lean import TORCH, Table
-
 Parts = Callable[[nn.Module], Mapping[str, int]]
 """From a module to the output features of each part of a fused linear layer in it, in their order."""
+
+
+FusedLayout = Literal["consecutive", "by_group"]
+"""How the output features of the parts of a fused layer lie.
+
+``"consecutive"``: all of the first part, then all of the second (``[Q; K; V]``, ``[gate; up]``). ``"by_group"``: for
+each group of query heads that share a key and a value head, its queries, its key, its value; where there are as many
+key and value heads as query heads, a group is one head (GPT-NeoX, Falcon).
+"""
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A linear layer that does the work of several."""
+
+    parts: Parts
+    layout: FusedLayout
+    """No check can tell the layouts apart, since all have the same sizes; hence no default."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +65,8 @@ class Attention:
     """Linear layers whose output features are those of the query heads."""
     keys_values: tuple[str, ...] = ()
     """Linear layers whose output features are those of the key and value heads."""
-    fused: Mapping[str, Parts] = field(default_factory=dict)
-    """Linear layers to the heads of "q", "k" and "v", one after the other."""
+    fused: Mapping[str, Fused] = field(default_factory=dict)
+    """Linear layers to the heads of "q", "k" and "v"."""
     adapted: AdaptedHeads | None = None
     """What a low-rank adapter around a fused layer looks like."""
     query_norms: tuple[str, ...] = ()
@@ -72,8 +91,8 @@ class FeedForward:
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    fused: Mapping[str, Parts] = field(default_factory=dict)
-    """Linear layers to several things of the hidden width, one after the other."""
+    fused: Mapping[str, Fused] = field(default_factory=dict)
+    """Linear layers to several things of the hidden width."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +135,14 @@ class Architecture:
     norm: str = ""
     head: str = ""
     feed_forward: FeedForward | None = None
-    lean: Table = field(default_factory=lambda: TORCH)
-    """What to compute with instead of which forward, to keep less for the backward."""
+    lean: str = ""
+    """Where the table of the family's own lean modules is, as ``"package.module:NAME"``; torch's norms need none."""
+    adapter_base: str = "linear"
+    """What a low-rank adapter calls the linear layer that it changes."""
+    norm_epsilons: tuple[str, ...] = ("eps", "variance_epsilon")
+    """Attributes that may hold what a norm of queries or keys adds to the mean square."""
+    norm_unit_offset: str = "add_unit_offset"
+    """Attribute of such a norm that, if true, makes it multiply with ``1 + weight``."""
     splits_sequence: tuple[str, ...] = ()
     """Arguments of the forward that make it cut the sequence into pieces, of which each rank has only a part."""
     measures_embedding: bool = False

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fabric_tp.shards import copy_shard, gather_shards
-from fabric_tp.styles.fused import fused_parameters
+from fabric_tp.styles.fused_colwise import fused_parameters
 
 
 def save(model: nn.Module, path: str | Path) -> None:

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from fabric_tp.plan import tie, tied_parameters
 from fabric_tp.seeds import mix
 from fabric_tp.shards import copy_shard
-from fabric_tp.styles.fused import FusedModule
+from fabric_tp.styles.fused_colwise import FusedModule
 
 
 def initialize(model: nn.Module, device: torch.device, seed: int) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fabric_tp.styles.dropout import run_position
+from fabric_tp.styles.random_module import run_position
 
 
 def get_state(model: nn.Module) -> dict[str, Any]:

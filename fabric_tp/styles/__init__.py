@@ -1,18 +1,28 @@
 """How one module is stored and computed on one tensor-parallel rank; each file is one style."""
 
+from fabric_tp.autograd.collectives import Layout
+from fabric_tp.styles.attention_heads import Heads, ShardHeads
 from fabric_tp.styles.colwise import Colwise
-from fabric_tp.styles.dropout import Dropout, RandomHeads, RandomUnsharded
-from fabric_tp.styles.embedding import VocabParallelEmbedding
-from fabric_tp.styles.fused import FusedColwise
-from fabric_tp.styles.head import LMHead
-from fabric_tp.styles.head_norm import AllHeadsNorm
-from fabric_tp.styles.heads import Heads, ShardHeads, SharedHeads
-from fabric_tp.styles.low_rank import LowRankColwise, LowRankFused, LowRankHead, LowRankRowwise
-from fabric_tp.styles.prepare import PrepareInput, PrepareInputOutput, ScatterInput, Unsharded
+from fabric_tp.styles.dropout import Dropout
+from fabric_tp.styles.fused_colwise import FusedColwise
+from fabric_tp.styles.lm_head import LMHead
+from fabric_tp.styles.low_rank_colwise import LowRankColwise
+from fabric_tp.styles.low_rank_fused import LowRankFused
+from fabric_tp.styles.low_rank_head import LowRankHead
+from fabric_tp.styles.low_rank_rowwise import LowRankRowwise
+from fabric_tp.styles.parallel_residual import ParallelResidual
+from fabric_tp.styles.prepare_input import PrepareInput
+from fabric_tp.styles.prepare_input_output import PrepareInputOutput
+from fabric_tp.styles.qk_norm import AllHeadsNorm
+from fabric_tp.styles.random_heads import RandomHeads
+from fabric_tp.styles.random_unsharded import RandomUnsharded
 from fabric_tp.styles.replicated import Replicated
-from fabric_tp.styles.residual import ParallelResidual
 from fabric_tp.styles.rowwise import Rowwise
-from fabric_tp.styles.style import Layout, Style
+from fabric_tp.styles.scatter_input import ScatterInput
+from fabric_tp.styles.shared_heads import SharedHeads
+from fabric_tp.styles.style import Style
+from fabric_tp.styles.unsharded import Unsharded
+from fabric_tp.styles.vocab_parallel_embedding import VocabParallelEmbedding
 
 __all__ = [
     "AllHeadsNorm",

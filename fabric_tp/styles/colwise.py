@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from fabric_tp.styles.collectives import gather
-from fabric_tp.styles.linear import enter
-from fabric_tp.styles.style import Layout, Parallelized, Style, own_parameters
+from fabric_tp.autograd.collectives import Layout
+from fabric_tp.styles.layout import enter_sharded, entering
+from fabric_tp.styles.style import Parallelized, Style, own_parameters
 
 
 class Colwise(Style):
@@ -28,7 +28,7 @@ class Colwise(Style):
     =================  ===============  ==========  =============  ============================
     """
 
-    def __init__(self, *, input_layout: Layout | None = "replicate", regather: bool = True) -> None:
+    def __init__(self, input_layout: Layout | None = "replicate", *, regather: bool = True) -> None:
         self.input_layout = input_layout
         self.regather = regather
 
@@ -40,18 +40,3 @@ class Colwise(Style):
 
     def collectives(self) -> tuple[str, str]:
         return entering(self.input_layout, self.regather)
-
-
-def enter_sharded(this: Parallelized, x: Tensor, layout: Layout | None, regather: bool = False) -> Tensor:
-    """The whole input of a sharded computation, of which each rank adds a part to the gradient."""
-    if layout is None or this.group.size == 1:
-        return x
-    if layout == "sequence" and not regather:
-        return gather(x, this.group)
-    return enter(x, this.group, sequence=layout == "sequence")
-
-
-def entering(layout: Layout | None, regather: bool) -> tuple[str, str]:
-    if layout == "sequence":
-        return "all-gather", "reduce-scatter + all-gather again" if regather else "reduce-scatter"
-    return "", "all-reduce" if layout == "replicate" else ""

@@ -6,7 +6,8 @@ from torch import nn
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.placement_types import Placement
 
-from fabric_tp.styles.style import Layout, Style, own_parameters
+from fabric_tp.autograd.collectives import Layout
+from fabric_tp.styles.style import Style, own_parameters
 
 
 class Replicated(Style):

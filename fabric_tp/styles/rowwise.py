@@ -1,31 +1,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from fabric_tp.styles.collectives import reduce, reduce_scatter
-from fabric_tp.styles.linear import linear
-from fabric_tp.styles.recompute import reduction
-from fabric_tp.styles.style import Layout, LocalModule, Parallelized, Style, own_parameters
+from fabric_tp.autograd.collectives import Layout
+from fabric_tp.autograd.kept_reductions import reduction
+from fabric_tp.autograd.linear import linear
+from fabric_tp.styles.layout import leaving, summed
+from fabric_tp.styles.style import LocalModule, Parallelized, Style, own_parameters
 
 
 class _RowwiseLinear(LocalModule):
+    parallelized: Parallelized[Rowwise]
+
     def compute(self, x: Tensor) -> Tensor:
         """Without the bias, which is added once: after the reduction, or, if that happens elsewhere, by one rank."""
         style, group = self.parallelized.style, self.parallelized.group
-        assert isinstance(style, Rowwise)
         bias = self._parameters.get("bias") if style.output_layout is None else None
         # Times zero on the other ranks, so that they have a gradient too: all must take part in the sum.
         return linear(x, [self.weight], [None if bias is None else bias * (group.rank == 0)])  # type: ignore[list-item]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         bias, style = self._parameters.get("bias"), self.parallelized.style
-        assert isinstance(style, Rowwise)
         if style.output_layout is None:
             return super().forward(*args, **kwargs)
         y = reduction(super().forward, *args, *kwargs.values())
@@ -54,7 +54,7 @@ class Rowwise(Style):
 
     module_class = _RowwiseLinear
 
-    def __init__(self, *, output_layout: Layout | None = "replicate") -> None:
+    def __init__(self, output_layout: Layout | None = "replicate") -> None:
         self.output_layout = output_layout
 
     def validate(self, module: nn.Module) -> None:
@@ -70,22 +70,7 @@ class Rowwise(Style):
         return frozenset({"bias"} if has_bias and self.output_layout != "replicate" else ())
 
     def leave(self, this: Parallelized, y: Tensor) -> Tensor:
-        return _summed(this, y, self.output_layout)
+        return summed(this, y, self.output_layout)
 
     def collectives(self) -> tuple[str, str]:
         return leaving(self.output_layout)
-
-
-def leave_sharded(this: Parallelized, y: Tensor, layout: Layout | None) -> Tensor:
-    """The output of a sharded computation, of which each rank has a partial sum."""
-    return y if layout is None else reduction(partial(_summed, this, y, layout))
-
-
-def _summed(this: Parallelized, y: Tensor, layout: Layout | None) -> Tensor:
-    if layout == "sequence":
-        return reduce_scatter(y, this.group)
-    return reduce(y, this.group) if layout == "replicate" else y
-
-
-def leaving(layout: Layout | None) -> tuple[str, str]:
-    return {None: ("", ""), "replicate": ("all-reduce", ""), "sequence": ("reduce-scatter", "all-gather")}[layout]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +14,21 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
-from fabric_tp.styles.collectives import Group
-from fabric_tp.styles.linear import linear
+from fabric_tp.autograd.collectives import Group
+from fabric_tp.autograd.linear import linear
 
-Layout = Literal["replicate", "sequence"]
-"""How activations lie between the sharded parts: whole on every rank, or each rank holding its part of the sequence."""
+StyleOf = TypeVar("StyleOf", bound="Style")
 
 
 @dataclass
-class Parallelized:
+class Parallelized(Generic[StyleOf]):
     """What a parallelized module knows about itself."""
 
-    style: Style
+    style: StyleOf
     mesh: DeviceMesh
     group: Group
+    first_argument: str | None = None
+    """Name of the forward's first parameter, the activations; None if it has no name."""
     partial: frozenset[str] = frozenset()
     """Own replicated parameters of which each rank computes only a part of the gradient."""
     sum_is_deferred: bool = False
@@ -57,11 +59,14 @@ class LocalModule(nn.Module):
     and the forward, which is the module's own, sees nothing but local tensors and runs no DTensor operation.
     """
 
-    parallelized: Parallelized
+    parallelized: Parallelized[Any]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         this = self.parallelized
-        args, kwargs = _replace_first(this.style.enter, this, args, kwargs)
+        if args:
+            args = (this.style.enter(this, args[0]), *args[1:])
+        elif this.first_argument in kwargs:
+            kwargs = {**kwargs, this.first_argument: this.style.enter(this, kwargs[this.first_argument])}
         held = self.take_local()
         try:
             output = self.compute(*args, **kwargs)
@@ -100,42 +105,39 @@ class LocalModule(nn.Module):
         return own(*args, **kwargs)
 
 
-def _replace_first(
-    enter: Any, this: Parallelized, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if args:
-        return (enter(this, args[0]), *args[1:]), kwargs
-    first = next(iter(kwargs))
-    return args, {**kwargs, first: enter(this, kwargs[first])}
-
-
 class Style(ParallelStyle):
     """How one module is stored and computed on one tensor-parallel rank.
 
-    A subclass says where each parameter goes (``placements``), which sizes the number of ranks must divide
-    (``divided``), and what happens to the first input and to the output (``enter``, ``leave``). It can be used in a
-    plan for :func:`fabric_tp.from_plan` or in one for torch's own ``parallelize_module``.
+    A subclass says which parameters the module then holds and where each goes (``placements``), which sizes the number
+    of ranks must divide (``divided``), and what happens to the first input and to the output (``enter``, ``leave``). It
+    can be used in a plan for :class:`fabric_tp.from_plan` or in one for torch's own ``parallelize_module``.
+
+    Of the arguments of a style, what it cannot do without comes first, then how activations lie, both by position or by
+    name; all others by name only.
     """
 
     module_class: ClassVar[type[LocalModule]] = LocalModule
 
     def placements(self, module: nn.Module) -> Mapping[str, Placement]:
-        """Placement of each parameter that the module owns itself, by name."""
+        """Placement of each parameter that the module, itself or in its own parts, holds when it is parallelized."""
         return {}
+
+    def shapes(self, module: nn.Module) -> Mapping[str, torch.Size]:
+        """Whole shape of each parameter in :meth:`placements`."""
+        return {name: module.get_parameter(name).shape for name in self.placements(module)}
+
+    def covers(self, module: nn.Module) -> frozenset[str]:
+        """Names of the parameters, in the module before it is parallelized, that these are made of."""
+        return frozenset(self.placements(module))
 
     def partial(self, module: nn.Module) -> frozenset[str]:
         """Names of the replicated parameters whose gradient is a partial sum on each rank."""
         return frozenset()
 
-    def grad_placements(self, module: nn.Module, partial: frozenset[str]) -> dict[str, list[Placement]]:
-        """What each rank computes of the gradient of each parameter."""
-        places = self.placements(module).items()
-        return {name: [Partial() if name in partial else placement] for name, placement in places}
-
     def divided(self, module: nn.Module) -> Mapping[str, int]:
         """What the number of tensor-parallel ranks must divide, by a name for the error message."""
         return {
-            f"{name}.shape[{placement.dim}]": module.get_parameter(name).shape[placement.dim]
+            f"{name}.shape[{placement.dim}]": self.shapes(module)[name][placement.dim]
             for name, placement in self.placements(module).items()
             if isinstance(placement, Shard)
         }
@@ -167,9 +169,10 @@ class Style(ParallelStyle):
         self.validate(module)
         group = Group.of(device_mesh)
         check_divisible(type(module).__name__, self.divided(module), group.size)
-        this = Parallelized(self, device_mesh, group)
+        this = Parallelized(self, device_mesh, group, _first_parameter(module))
         this.partial = self.partial(module) if group.size > 1 else frozenset()
-        this.grad_placements = self.grad_placements(module, this.partial)
+        places = self.placements(module).items()
+        this.grad_placements = {name: [Partial() if name in this.partial else place] for name, place in places}
         self.shard(module, device_mesh)
         self.prepare(module, this)
         module.parallelized = this  # type: ignore[assignment]
@@ -179,6 +182,13 @@ class Style(ParallelStyle):
     def __repr__(self) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if name != "src_data_rank")
         return f"{type(self).__name__}({arguments})"
+
+
+def _first_parameter(module: nn.Module) -> str | None:
+    """Of the module's own forward."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    first = next(iter(inspect.signature(module.forward).parameters.values()), None)
+    return first.name if first is not None and first.kind in named else None
 
 
 _mixed: dict[tuple[type[nn.Module], type], type] = {}

@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fabric_tp.loss import cross_entropy
+from fabric_tp.loss.deferred import DeferredLogits
 from fabric_tp.shards import gather_shards
-from fabric_tp.styles.deferred import DeferredLogits
-from fabric_tp.styles.fused import fused_parameters
+from fabric_tp.styles.fused_colwise import fused_parameters
 from fabric_tp.testing.ranks import Ranks, mesh
 
 TOLERANCE = 2e-5

@@ -1,104 +1,21 @@
-"""litgpt's configs and Transformers' models made small, their structure kept."""
+"""Models of the known families made small, their structure kept, with values that hide no mistake."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from litgpt import GPT, Config, lora
-from litgpt.config import configs
-from litgpt.model import GroupedTopkRouter
 from torch import nn
 
-HEAD_SIZE, WIDTH, HIDDEN, VOCABULARY, LENGTH, WINDOW = 8, 80, 96, 96, 16, 5
-
-
-STRUCTURE = (
-    "norm_class_name",
-    "mlp_class_name",
-    "bias",
-    "attn_bias",
-    "lm_head_bias",
-    "parallel_residual",
-    "shared_attention_norm",
-    "norm_qk",
-    "norm_qk_type",
-    "post_mlp_norm",
-    "sliding_window_size",
-    "attention_logit_softcapping",
-    "rope_local_base_freq",
-    "moe_intermediate_size",
-)
-"""Of these options of a litgpt config it matters which are set, or, where they are words, to what."""
-
-LORA: dict[str, dict[str, Any]] = {
-    "every layer": dict.fromkeys([f"lora_{n}" for n in ("query", "key", "value", "projection", "mlp", "head")], True),
-    "query and value": {"lora_query": True, "lora_value": True},
-}
-
-TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "Llama": ("Llama", {}),
-    "Llama, tied embeddings": ("Llama", {"tie_word_embeddings": True}),
-    "Mistral": ("Mistral", {"head_dim": 8, "sliding_window": WINDOW}),
-    "Qwen2": ("Qwen2", {}),
-    "Qwen3": ("Qwen3", {"head_dim": 16}),
-    "Phi3": ("Phi3", {}),
-    "Gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": WINDOW}),
-    "Gemma3": ("Gemma3", {"head_dim": 16, "sliding_window": WINDOW}),
-    "Gemma3, six layers": ("Gemma3", {"head_dim": 16, "sliding_window": WINDOW, "num_hidden_layers": 6}),
-    "Olmo2": ("Olmo2", {}),
-    "Mixtral": ("Mixtral", {}),
-}
-"""Families of Transformers' causal language models, and what their configs need besides small sizes."""
-
-
-def names() -> list[str]:
-    return [config["name"] for config in configs]
-
-
-def one_of_each_structure() -> list[str]:
-    """The first of litgpt's configs with each combination of features."""
-    found: dict[tuple[Any, ...], str] = {}
-    for name in names():
-        config = Config.from_name(name)
-        assert config is not None
-        values = [getattr(config, option) for option in STRUCTURE]
-        grouped = (config.n_query_groups == 1, config.n_query_groups == config.n_head, "OLMo" in name)
-        found.setdefault((*(v if isinstance(v, str) else bool(v) for v in values), *grouped), name)
-    return list(found.values())
-
-
-def small_config(name: str, config_class: type[Config] = Config, **overrides: Any) -> Config:
-    """Two layers of small width: heads and groups, norms, biases, windows, experts and the like stay as they are.
-
-    Where the heads together are as wide as the model, they stay so, and otherwise not. Of two layers, one has a sliding
-    window or local positions, and one has not, if the model has both.
-    """
-    full = Config.from_name(name)
-    assert full is not None
-    assert full.n_query_groups is not None
-    head_size = max(HEAD_SIZE, 2 * round(2 / full.rotary_percentage)) if full.rotary_percentage else HEAD_SIZE
-    same_width = full.n_embd == (full.head_size or 0) * full.n_head
-    sizes: dict[str, Any] = {
-        "n_layer": 2,
-        "n_embd": head_size * full.n_head if same_width else WIDTH,
-        "head_size": head_size,
-        "intermediate_size": HIDDEN,
-        "block_size": 4 * LENGTH,
-        "vocab_size": VOCABULARY - 5,
-        "padded_vocab_size": VOCABULARY,
-    }
-    if full.sliding_window_size is not None:
-        indices = full.sliding_window_indices or [1]
-        sizes |= {"sliding_window_size": WINDOW, "sliding_window_indices": [max(indices), min(indices)]}
-    if full.rope_indices is not None:
-        sizes["rope_indices"] = [max(full.rope_indices), min(full.rope_indices)]
-    if full.n_expert:
-        sizes |= {"n_expert": min(full.n_expert, 6), "n_expert_per_token": min(full.n_expert_per_token, 2)}
-        sizes["moe_intermediate_size"] = HIDDEN // 2 if full.moe_intermediate_size else None
-    config = config_class.from_name(name, **{**sizes, **overrides})
-    assert config is not None
-    return config
+from fabric_tp.architectures.huggingface import small as huggingface
+from fabric_tp.architectures.huggingface.small import TRANSFORMERS as TRANSFORMERS
+from fabric_tp.architectures.litgpt import small as litgpt
+from fabric_tp.architectures.litgpt.small import LORA as LORA
+from fabric_tp.architectures.litgpt.small import names as names
+from fabric_tp.architectures.litgpt.small import one_of_each_structure as one_of_each_structure
+from fabric_tp.architectures.litgpt.small import small_config as small_config
+from fabric_tp.architectures.small import LENGTH as LENGTH
+from fabric_tp.architectures.small import VOCABULARY as VOCABULARY
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -110,24 +27,14 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def small_gpt(config: Config) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = GPT(config)
-    for module in model.modules():
-        if isinstance(module, GroupedTopkRouter):
-            nn.init.zeros_(module.weight)  # litgpt leaves whatever was in memory
-    return randomize(model)
+def small_gpt(config: Any) -> nn.Module:
+    """A ``litgpt.GPT`` of this config."""
+    return randomize(litgpt.small_gpt(config))
 
 
 def small_lora(name: str, adapted: str) -> nn.Module:
     """A ``litgpt.lora.GPT`` of which only the adapters are to be trained; ``adapted`` is a key of ``LORA``."""
-    config = small_config(name, lora.Config, lora_r=4, **LORA[adapted])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = randomize(lora.GPT(config))
-    lora.mark_only_lora_as_trainable(model)
-    return model
+    return randomize(litgpt.small_lora(name, adapted))
 
 
 def small_transformers(name: str, **overrides: Any) -> nn.Module:
@@ -136,24 +43,4 @@ def small_transformers(name: str, **overrides: Any) -> nn.Module:
     Raises:
         ValueError: Transformers is not installed.
     """
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError("Transformers is not installed: pip install fabric_tp[hf]") from None
-    family, options = TRANSFORMERS[name]
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 64,
-        "intermediate_size": HIDDEN,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 4 * LENGTH,
-        "pad_token_id": 0,
-        "use_cache": False,
-    }
-    config_class = getattr(transformers, f"{family}TextConfig", None) or getattr(transformers, f"{family}Config")
-    config = config_class(**{**sizes, **options, **overrides})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return randomize(getattr(transformers, f"{family}ForCausalLM")(config))
+    return randomize(huggingface.small_transformers(name, **overrides))

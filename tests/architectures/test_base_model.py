@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fabric_tp
-from fabric_tp.parallelize import recognise
+from fabric_tp.architectures import recognise
 from fabric_tp.testing.small import randomize
 from tests.parity import assert_equal
 

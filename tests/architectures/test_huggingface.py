@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fabric_tp
-from fabric_tp.parallelize import recognise
+from fabric_tp.architectures import recognise
 from fabric_tp.testing.parity import TOLERANCE
 from fabric_tp.testing.small import TRANSFORMERS, small_transformers
 from tests.parity import assert_equal, differences_of

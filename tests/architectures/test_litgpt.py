@@ -12,7 +12,7 @@ from litgpt import GPT, Config, adapter, adapter_v2
 from torch import nn
 
 import fabric_tp
-from fabric_tp.parallelize import recognise
+from fabric_tp.architectures import recognise
 from fabric_tp.testing import assert_replicas_in_sync, next_token_loss
 from fabric_tp.testing.ranks import mesh
 from fabric_tp.testing.small import small_config, small_gpt

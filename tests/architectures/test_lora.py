@@ -13,7 +13,7 @@ from litgpt import lora
 from torch import Tensor, nn
 
 import fabric_tp
-from fabric_tp.parallelize import recognise
+from fabric_tp.architectures import recognise
 from fabric_tp.testing import next_token_loss
 from fabric_tp.testing.parity import TOLERANCE
 from fabric_tp.testing.ranks import mesh

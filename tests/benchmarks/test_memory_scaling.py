@@ -11,8 +11,9 @@ from benchmarks import communication
 from benchmarks.llama import Llama, Shape
 from benchmarks.memory_scaling import LEAN, PUBLISHED, count_peer, feed_forward_step, shape_of
 from benchmarks.plot import markdown, plot_feed_forward, plot_llama
-from fabric_tp.estimate import estimate, load_config
-from fabric_tp.step import default_dtype, pretend_mesh, pretend_tensors
+from fabric_tp.architectures.litgpt.config import load_config
+from fabric_tp.measure.estimation import estimate
+from fabric_tp.measure.step import default_dtype, fake_mesh, fake_tensors
 from fabric_tp.testing.ranks import mesh
 
 SMALL = Shape(layers=2, width=128, heads=8, kv_heads=4, hidden=192, vocabulary=512, length=64)
@@ -26,7 +27,7 @@ def real_peer(sizes: tuple[int, int]) -> tuple[int, int]:
 @pytest.mark.parametrize("sizes", [(1, 2), (2, 2)])
 def test_torch_styles_are_predicted_as_they_are(pool, sizes) -> None:
     peak, sent = pool(sizes[0] * sizes[1])(real_peer, sizes)
-    with pretend_mesh(*sizes) as pretended, pretend_tensors():
+    with fake_mesh(*sizes) as pretended, fake_tensors():
         step = count_peer(Llama(SMALL), SMALL, pretended)
     assert step.memory.peak == pytest.approx(peak, rel=0.03)
     # torch reduces the gradient norm over both dimensions of a mesh at once, if somebody has flattened it before
@@ -37,7 +38,7 @@ def test_torch_styles_are_predicted_as_they_are(pool, sizes) -> None:
 def test_feed_forward_takes_less_than_what_was_published(size) -> None:
     """Of 16 bytes a parameter (fp32, AdamW) and nothing else but the batch; the published needs about 20 at least."""
     width = 512
-    with pretend_mesh(1, size) as pretended, pretend_tensors():
+    with fake_mesh(1, size) as pretended, fake_tensors():
         peak = feed_forward_step(pretended, width, batch=1).memory.peak
     parameters = 3 * width**2
     assert peak <= 1.03 * 16 * parameters / size
@@ -50,7 +51,7 @@ def test_a_step_takes_half_of_what_torch_styles_take() -> None:
     config.n_layer = 4
     ours = estimate(config, fabric_tp.litgpt(**LEAN), tensor_parallel_size=8)
     shape = replace(shape_of("Llama-3-8B", 8192), layers=4)
-    with pretend_mesh(1, 8) as pretended, pretend_tensors():
+    with fake_mesh(1, 8) as pretended, fake_tensors():
         with default_dtype(torch.bfloat16):
             model = Llama(shape)
         peer = count_peer(model, shape, pretended)
@@ -75,7 +76,7 @@ def test_markdown() -> None:
 
 
 def test_plots(tmp_path) -> None:
-    with pretend_mesh(1, 1) as pretended, pretend_tensors():
+    with fake_mesh(1, 1) as pretended, fake_tensors():
         memory = feed_forward_step(pretended, 64, batch=1).memory
     plot_feed_forward({1: memory}, PUBLISHED, tmp_path / "one.png")
     plot_llama("name", {(1, 1): {"ours": memory, "theirs": memory}}, tmp_path / "two.png")

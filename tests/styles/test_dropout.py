@@ -18,12 +18,13 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.checkpoint import checkpoint
 
 import fabric_tp
+from fabric_tp.autograd.dropout import Mask, dropped
+from fabric_tp.autograd.run_position import FORWARDS, RunPosition
 from fabric_tp.parallelize import Parallelize
 from fabric_tp.seeds import mix
 from fabric_tp.styles import Colwise, Dropout, RandomHeads, Rowwise
-from fabric_tp.styles.dropout import FORWARDS, RunPosition, follow_run
-from fabric_tp.styles.heads import ShardHeads
-from fabric_tp.styles.masks import Mask, dropped
+from fabric_tp.styles.attention_heads import ShardHeads
+from fabric_tp.styles.random_module import follow_run
 from fabric_tp.testing import next_token_loss
 from fabric_tp.testing.parity import TOLERANCE, _whole
 from fabric_tp.testing.ranks import mesh

@@ -8,13 +8,8 @@ from typing import Any
 import pytest
 from litgpt import Config, lora
 
-from fabric_tp.testing.small import (
-    STRUCTURE,
-    names,
-    one_of_each_structure,
-    small_config,
-    small_gpt,
-)
+from fabric_tp.architectures.litgpt.small import STRUCTURE
+from fabric_tp.testing.small import names, one_of_each_structure, small_config, small_gpt
 
 SIZES = {
     "n_layer",

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from fabric_tp.architectures.architecture import Architecture, Attention, Block, FeedForward, Fused, HeadCounts
+
+
+def _counts(attention: nn.Module) -> HeadCounts:
+    module: Any = attention
+    size: int = module.head_dim
+    if hasattr(module, "qkv_proj"):
+        return HeadCounts(module.config.num_attention_heads, module.config.num_key_value_heads, size)
+    return HeadCounts(module.q_proj.out_features // size, module.k_proj.out_features // size, size)
+
+
+def _qkv(attention: nn.Module) -> Mapping[str, int]:
+    counts = _counts(attention)
+    keys = counts.key_value * counts.size
+    return {"q": counts.query * counts.size, "k": keys, "v": keys}
+
+
+def _gate_and_up(feed_forward: nn.Module) -> Mapping[str, int]:
+    module: Any = feed_forward
+    return dict.fromkeys(("gate", "up"), module.gate_up_proj.out_features // 2)
+
+
+BLOCK = Block(
+    norms=(
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+    attention=Attention(
+        name="self_attn",
+        counts=_counts,
+        queries=("q_proj",),
+        keys_values=("k_proj", "v_proj"),
+        fused={"qkv_proj": Fused(_qkv, "consecutive")},
+        outputs=("o_proj",),
+        query_norms=("q_norm",),
+        key_norms=("k_norm",),
+        query_counts=("num_heads", "config.num_attention_heads"),
+        key_value_counts=("num_key_value_heads", "config.num_key_value_heads"),
+        group_sizes=("num_key_value_groups",),
+        dropout_rates=("attention_dropout",),
+    ),
+    feed_forward=FeedForward(
+        name="mlp",
+        inputs=("gate_proj", "up_proj"),
+        fused={"gate_up_proj": Fused(_gate_and_up, "consecutive")},
+        outputs=("down_proj",),
+    ),
+)
+
+HUGGINGFACE = Architecture(
+    name="huggingface",
+    description="a Transformers causal LM with Llama-like names (Llama, Mistral, Qwen 2 and 3, Phi-3, Gemma 2, OLMo 2)",
+    embedding="model.embed_tokens",
+    blocks="model.layers",
+    block=BLOCK,
+    norm="model.norm",
+    head="lm_head",
+    measures_embedding=True,
+)

@@ -1,0 +1,46 @@
+"""litgpt's configs by name or directory, and models of them."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+import torch
+from litgpt import GPT, Config
+from litgpt.config import configs
+
+
+def load_config(model: str | Path | Config) -> Config:
+    """The config of a litgpt model, by name or checkpoint directory.
+
+    Raises:
+        ValueError: Neither.
+    """
+    if isinstance(model, Config):
+        return model
+    file = Path(model) / "model_config.yaml"
+    if file.is_file():
+        return Config.from_file(file)
+    name = str(model).rpartition("/")[2]
+    names = [str(config["name"]) for config in configs]
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=5, cutoff=0.4)
+        raise ValueError(
+            f"{str(model)!r} is neither a name that litgpt knows nor a directory with a model_config.yaml. Names like"
+            f" it are {', '.join(close) or ', '.join(names[:5])}."
+        )
+    return Config.from_name(name)
+
+
+def meta_model(config: Config) -> GPT:
+    """A model without memory."""
+    with torch.device("meta"):
+        return GPT(config)
+
+
+def model_for_length(config: Config, length: int) -> GPT:
+    """A model whose rotary tables are for so many tokens, and in fp32, where Fabric leaves them."""
+    model = GPT(config)
+    model.max_seq_length = length
+    model.reset_parameters()
+    return model

@@ -1,0 +1,58 @@
+"""The least memory that training a litgpt model can take, by formula."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from litgpt import Config
+
+
+def least_memory(
+    model: nn.Module,
+    *,
+    tensor_parallel_size: int,
+    data_parallel_size: int,
+    tokens: int,
+    precision: str,
+    activation_checkpointing: str,
+    fused_loss: bool,
+) -> dict[str, int]:
+    """The limits by formula, in bytes on each rank, for ``tokens`` tokens of each data-parallel rank.
+
+    Parameters, gradients and AdamW's two states divide by all ranks. With width h, all query heads q wide, all key and
+    value heads k each, MLP f, vocabulary v, t tensor-parallel ranks and e bytes a number, a layer must keep for the
+    backward, of each token, the inputs of attention and MLP, the attention's q, k, v and result, and what the MLP's
+    first layers give: ``e (2 h + 2 q + 2 k + 2 f) / t`` (one f without a gate; times the experts that a token visits);
+    with full checkpointing ``e h / t``, and with selective ``e (2 h + q) / t``. The logits take ``(e + 4) v / t``, or
+    nothing where loss and head are one. Collectives need the input of one attention or MLP whole, ``e h`` per token,
+    and FSDP2 the parameters of one block.
+    """
+    config: Config = model.config  # type: ignore[assignment]
+    size, dtype_size = tensor_parallel_size, 4 if precision == "32-true" else 2
+    stored = (2 if precision == "bf16-true" else 4) * sum(parameter.numel() for parameter in model.parameters())
+    stored = math.ceil(stored / (size * data_parallel_size))
+    width, attention = config.n_embd, config.n_head * config.head_size
+    key_value = config.n_query_groups * config.head_size
+    experts = config.n_expert_per_token if config.mlp_class_name == "LLaMAMoE" else 1
+    hidden = config.moe_intermediate_size if experts > 1 and config.moe_intermediate_size else config.intermediate_size
+    gated = 1 if config.mlp_class_name == "GptNeoxMLP" else 2
+    kept = {
+        "none": 2 * width + 2 * attention + 2 * key_value + gated * hidden * experts,
+        "selective": 2 * width + attention,
+        "full": width,
+    }[activation_checkpointing]
+    block = sum(parameter.numel() for parameter in model.transformer.h[0].parameters())  # type: ignore[index, union-attr]
+    gathered = (tokens * width if size > 1 else 0) + (block // size if data_parallel_size > 1 else 0)
+    logits = 0 if fused_loss else tokens * config.padded_vocab_size * (dtype_size + 4)
+    return {
+        "parameters": stored,
+        "gradients": stored,
+        "optimizer state": 2 * stored,
+        "activations": tokens * config.n_layer * kept * dtype_size // size,
+        "logits and loss": logits // size,
+        "collective buffers": gathered * dtype_size,
+    }

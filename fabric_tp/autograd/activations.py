@@ -1,0 +1,75 @@
+"""Activations that keep their inputs for the backward, and not their outputs as well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fabric_tp import _torch
+from fabric_tp.autograd.recompute import Remakes, recomputed, release, saved
+
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+def activated(x: Tensor, activation: Activation) -> Tensor:
+    """``activation(x)``, which keeps ``x`` only."""
+    if torch.compiler.is_compiling():
+        return recomputed(ACTIVATIONS[activation], x)
+    return _Activated.apply(x, activation)
+
+
+def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    """``activation(gate) * up`` (Shazeer, 2020, "GLU Variants Improve Transformer"), which keeps its inputs only."""
+    if torch.compiler.is_compiling():
+        return recomputed(_gated, gate, up, activation)
+    return _Gated.apply(gate, up, activation)
+
+
+class _Activated(Remakes):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, activation: Activation) -> Tensor:
+        ctx.activation = activation
+        ctx.save_for_backward(x)
+        return ACTIVATIONS[activation](x)
+
+    @staticmethod
+    def remake(ctx: Any) -> Tensor:
+        return ACTIVATIONS[ctx.activation](*saved(ctx))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _torch.activation_backward(ctx.activation, grad, *release(ctx)), None
+
+
+class _Gated(Remakes):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+        ctx.activation = activation
+        ctx.save_for_backward(gate, up)
+        return _gated(gate, up, activation)
+
+    @staticmethod
+    def remake(ctx: Any) -> Tensor:
+        gate, up = saved(ctx)
+        return _gated(gate, up, ctx.activation)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        gate, up = release(ctx)
+        up_grad = ACTIVATIONS[ctx.activation](gate).mul_(grad)
+        return _torch.activation_backward(ctx.activation, grad * up, gate), up_grad, None
+
+
+def _gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    return ACTIVATIONS[activation](gate) * up

@@ -1,0 +1,196 @@
+"""The collectives of forward and backward, one autograd function each, in conjugate pairs.
+
+Each takes the plain local tensor of one tensor-parallel rank. Sequence parallelism and the pairs: Korthikanti et al.,
+"Reducing Activation Recomputation in Large Transformer Models" (2022), figure 5; the names are Megatron-LM's.
+
+=====================  ==============  ==============
+function               forward         backward
+=====================  ==============  ==============
+copy                   nothing         all-reduce
+reduce                 all-reduce      nothing
+gather                 all-gather      reduce-scatter
+reduce_scatter         reduce-scatter  all-gather
+gather_replicated      all-gather      own slice
+scatter                own slice       all-gather
+all_reduce             all-reduce      all-reduce
+=====================  ==============  ==============
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.distributed.device_mesh import DeviceMesh
+
+from fabric_tp import _torch
+
+SEQUENCE_DIM = 1
+
+Layout = Literal["replicate", "sequence"]
+"""How activations lie between the sharded parts: whole on every rank, or each rank holding its part of the sequence."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The tensor-parallel ranks, in a form that ``torch.compile`` can hold as constants."""
+
+    name: str
+    size: int
+    rank: int
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh) -> Group:
+        return cls(name=mesh.get_group().group_name, size=mesh.size(), rank=mesh.get_local_rank())
+
+
+def copy(x: Tensor, group: Group) -> Tensor:
+    """A replicated ``(..., n)`` enters a sharded computation: each rank adds a part to its gradient."""
+    return x if group.size == 1 else _Copy.apply(x, group.name)
+
+
+def reduce(x: Tensor, group: Group) -> Tensor:
+    """Partial sums ``(..., n)`` on each rank -> their sum on every rank."""
+    return x if group.size == 1 else _Reduce.apply(x, group.name)
+
+
+def gather(x: Tensor, group: Group, dim: int = SEQUENCE_DIM) -> Tensor:
+    """Shards ``(b, s/t, n)`` enter a sharded computation on the whole ``(b, s, n)``."""
+    return x if group.size == 1 else _Gather.apply(x, dim % x.dim(), group.size, group.name)
+
+
+def traceable_gather(x: Tensor, group: Group, dim: int = SEQUENCE_DIM) -> Tensor:
+    """As :func:`gather`, without an autograd function, inside which torch 2.11's compiler makes nothing again."""
+    return start_gather(x, dim % x.dim(), group.size, group.name, _torch.start_differentiable_all_gather)()
+
+
+def reduce_scatter(x: Tensor, group: Group, dim: int = SEQUENCE_DIM) -> Tensor:
+    """Partial sums ``(b, s, n)`` on each rank -> this rank's shard ``(b, s/t, n)`` of their sum."""
+    return x if group.size == 1 else _ReduceScatter.apply(x, dim % x.dim(), group.size, group.name)
+
+
+def gather_replicated(x: Tensor, group: Group, dim: int = -1) -> Tensor:
+    """Shards ``(..., n/t)`` -> the whole on every rank, where what follows is the same on every rank."""
+    return x if group.size == 1 else _GatherReplicated.apply(x, dim % x.dim(), group.size, group.rank, group.name)
+
+
+def scatter(x: Tensor, group: Group, dim: int = SEQUENCE_DIM) -> Tensor:
+    """The whole ``(b, s, n)``, the same on every rank -> this rank's shard ``(b, s/t, n)``."""
+    return x if group.size == 1 else _Scatter.apply(x, dim % x.dim(), group.size, group.rank, group.name)
+
+
+def all_reduce(x: Tensor, group: Group) -> Tensor:
+    """Partial sums ``(..., n)`` -> their sum, which each rank then uses for something of its own."""
+    return copy(reduce(x, group), group)
+
+
+class _Copy(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
+        ctx.name = name
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _torch.all_reduce(grad, ctx.name), None
+
+
+class _Reduce(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
+        return _torch.all_reduce(x, name)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Gather(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, size: int, name: str) -> Tensor:
+        ctx.dim, ctx.size, ctx.name = dim, size, name
+        return _gather_along(x, dim, size, name)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _reduce_scatter_along(grad, ctx.dim, ctx.size, ctx.name), None, None, None
+
+
+class _ReduceScatter(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, size: int, name: str) -> Tensor:
+        ctx.dim, ctx.size, ctx.name = dim, size, name
+        return _reduce_scatter_along(x, dim, size, name)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _gather_along(grad, ctx.dim, ctx.size, ctx.name), None, None, None
+
+
+class _GatherReplicated(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, size: int, rank: int, name: str) -> Tensor:
+        ctx.dim, ctx.size, ctx.rank = dim, size, rank
+        return _gather_along(x, dim, size, name)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad.chunk(ctx.size, ctx.dim)[ctx.rank].contiguous(), None, None, None, None
+
+
+class _Scatter(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, size: int, rank: int, name: str) -> Tensor:
+        ctx.dim, ctx.size, ctx.name = dim, size, name
+        return x.chunk(size, dim)[rank].clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _gather_along(grad, ctx.dim, ctx.size, ctx.name), None, None, None, None
+
+
+def _gather_along(x: Tensor, dim: int, size: int, name: str) -> Tensor:
+    return start_gather(x, dim, size, name)()
+
+
+def _reduce_scatter_along(x: Tensor, dim: int, size: int, name: str) -> Tensor:
+    return start_reduce_scatter(x, dim, size, name)()
+
+
+def start_gather(
+    x: Tensor, dim: int, size: int, name: str, start: Callable[[Tensor, int, str], Tensor] = _torch.start_all_gather
+) -> Callable[[], Tensor]:
+    """Issue the all-gather of :func:`gather`; what is returned waits for it."""
+    if x.shape[:dim].numel() == 1:  # nothing before dim: the ranks' shards already lie one after the other
+        flat = start(x.flatten(0, dim), size, name)
+        return lambda: _unflatten_(_torch.wait(flat), dim)
+    shards = start(x, size, name)
+    return lambda: torch.cat(_torch.wait(shards).chunk(size), dim)
+
+
+def start_reduce_scatter(x: Tensor, dim: int, size: int, name: str) -> Callable[[], Tensor]:
+    """Issue the reduce-scatter of :func:`reduce_scatter`; what is returned waits for it."""
+    if x.shape[:dim].numel() == 1:
+        flat = _torch.start_reduce_scatter(x.flatten(0, dim), size, name)
+        return lambda: _unflatten_(_torch.wait(flat), dim)
+    summed = _torch.start_reduce_scatter(torch.cat(x.chunk(size, dim)), size, name)
+    return lambda: _torch.wait(summed)
+
+
+def start_reduce(x: Tensor, name: str) -> Callable[[], Tensor]:
+    """Issue the all-reduce of :func:`reduce`; what is returned waits for it."""
+    summed = _torch.start_all_reduce(x, name)
+    return lambda: _torch.wait(summed)
+
+
+def _unflatten_(x: Tensor, dims: int) -> Tensor:
+    """Put back leading dimensions of 1, in place: FSDP2 warns of modules that return a view."""
+    if torch.compiler.is_compiling():  # in an autograd function, the compiler would miss that the shape has changed
+        return x[(None,) * dims]
+    for _ in range(dims):
+        x.unsqueeze_(0)
+    return x

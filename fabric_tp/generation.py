@@ -1,0 +1,92 @@
+"""Text from a parallelized model."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fabric_tp import _torch
+from fabric_tp.autograd.collectives import Group
+from fabric_tp.loss.deferred import DeferredLogits
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    tokens: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    seed: int | None = None,
+    eos_id: int | None = None,
+) -> Tensor:
+    """Continue ``tokens``, the same on every rank; all ranks must call it.
+
+    The whole sequence is computed for each new token, so this is for samples and not for serving. Sequences are padded
+    to one length, a multiple of the number of ranks, which a causal model does not see.
+
+    Args:
+        model: Maps tokens ``(1, s)`` to logits ``(1, s, v)``, sharded over the vocabulary or not.
+        tokens: The prompt, ``(n,)``, the same on every rank.
+        max_new_tokens: How many tokens to add at most.
+        temperature: Divides the logits; 0 takes the likeliest token.
+        top_k: Choose among so many of the likeliest tokens only.
+        seed: Of the choice; None takes the state of torch's generator of the first rank.
+        eos_id: Stop after this token.
+
+    Returns:
+        Prompt and continuation, ``(n + new,)``.
+    """
+    if tokens.dim() != 1 or not len(tokens):
+        raise ValueError(
+            f"The prompt must be a tensor of shape (n,) with n > 0, and has the shape {tuple(tokens.shape)}."
+        )
+    generator = torch.Generator().manual_seed(seed if seed is not None else _common_seed(tokens.device))
+    length = len(tokens)
+    total = length + max_new_tokens
+    multiple = dist.get_world_size() if dist.is_initialized() else 1
+    padded = tokens.new_zeros(1, total + -total % multiple)
+    padded[0, :length] = tokens
+    training = model.training
+    model.eval()
+    try:
+        for position in range(length, total):
+            last = _row(model(padded), position - 1)
+            token = _choose(last.float().cpu(), generator, temperature, top_k)
+            padded[0, position] = token
+            length += 1
+            if token == eos_id:
+                break
+    finally:
+        model.train(training)
+    return padded[0, :length]
+
+
+def _row(logits: Tensor, position: int) -> Tensor:
+    """The whole logits ``(v,)`` of one position."""
+    if isinstance(logits, DeferredLogits):
+        selected = logits[:, position : position + 1]
+        assert isinstance(selected, DeferredLogits)
+        return _row(selected.compute(), 0)
+    if not isinstance(logits, DTensor):
+        return logits[0, position]
+    group = Group.of(logits.device_mesh)
+    return _torch.all_gather(logits.to_local()[0, position].contiguous(), group.size, group.name)
+
+
+def _choose(logits: Tensor, generator: torch.Generator, temperature: float, top_k: int | None) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    values, indices = logits.topk(min(top_k or len(logits), len(logits)))
+    chosen = torch.multinomial((values / temperature).softmax(-1), 1, generator=generator)
+    return int(indices[chosen])
+
+
+def _common_seed(device: torch.device) -> int:
+    seed = torch.randint(2**62, (1,), device="cpu").to(device)
+    if dist.is_initialized():
+        dist.broadcast(seed, 0)
+    return int(seed)

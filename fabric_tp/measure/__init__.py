@@ -1,0 +1,7 @@
+"""What a step takes: memory and bytes on the wire, counted on real ranks or estimated before there are any."""
+
+from fabric_tp.measure.estimation import Estimate, estimate
+from fabric_tp.measure.fit import cheapest, fit
+from fabric_tp.measure.step import count_step, fake_mesh, fake_tensors
+
+__all__ = ["Estimate", "cheapest", "count_step", "estimate", "fake_mesh", "fake_tensors", "fit"]

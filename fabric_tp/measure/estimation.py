@@ -1,0 +1,195 @@
+"""What a step will need on each rank, from a step of one rank on tensors without memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.distributed.device_mesh import DeviceMesh
+
+from fabric_tp.loss import cross_entropy
+from fabric_tp.measure.communication import Collective
+from fabric_tp.measure.memory import KINDS
+from fabric_tp.measure.step import CountedStep, count_step, default_dtype, fake_mesh, fake_tensors
+from fabric_tp.parallelize import Parallelize, litgpt
+
+if TYPE_CHECKING:  # it takes seconds to import, and not every user of this package has such a model
+    from litgpt import Config
+
+Precision = Literal["bf16-true", "bf16-mixed", "32-true"]
+"""As in Fabric. ``"bf16-mixed"`` is FSDP2's: fp32 parameters that are cast to bf16 for the computation."""
+
+
+@dataclass(frozen=True)
+class Estimate(CountedStep):
+    """What :func:`estimate` found. ``print`` shows it as a table."""
+
+    model: str
+    tensor_parallel_size: int
+    data_parallel_size: int
+    micro_batch_size: int
+    sequence_length: int
+    precision: Precision
+    least: dict[str, int]
+    """The limit of a formula for each kind; see :func:`least_memory`."""
+    parallelize: Parallelize
+
+    @property
+    def least_peak(self) -> int:
+        """Parameters and optimizer state live always; activations and logits while there are no gradients yet."""
+        least = self.least
+        always = least["parameters"] + least["optimizer state"] + least["collective buffers"]
+        return always + max(least["activations"] + least["logits and loss"], least["gradients"])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all ranks in one micro-batch."""
+        return self.data_parallel_size * self.micro_batch_size * self.sequence_length
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the parallelization, for JSON."""
+        names = ("model", "tensor_parallel_size", "data_parallel_size", "micro_batch_size", "sequence_length")
+        return {
+            **{name: getattr(self, name) for name in (*names, "precision", "least", "least_peak")},
+            **vars(self.memory),
+            "sent": {axis: self.sent(axis) for axis in sorted({each.axis for each in self.collectives})},
+        }
+
+    def __str__(self) -> str:
+        memory = self.memory
+        table = Table(
+            title=f"GiB on each rank: {self.model}, {self.precision}, {self.micro_batch_size} x {self.sequence_length}"
+            f" tokens, tensor parallel {self.tensor_parallel_size} x data parallel {self.data_parallel_size}",
+            title_justify="left",
+        )
+        table.add_column("")
+        for heading in ("at the peak", "at most", "formula's limit"):
+            table.add_column(heading, justify="right")
+        for kind in KINDS:
+            limit = gib(self.least[kind]) if kind in self.least else ""
+            table.add_row(kind, gib(memory.at_peak[kind]), gib(memory.most[kind]), limit)
+        table.add_section()
+        table.add_row(f"peak, in {memory.phase}", gib(memory.peak), "", gib(self.least_peak))
+        wire = Table(title="Collectives of one step", title_justify="left")
+        for heading in ("ranks", "collective", "times", "GiB sent by each rank"):
+            wire.add_column(heading, justify="left" if heading in ("ranks", "collective") else "right")
+        for (axis, collective), group in _grouped(self.collectives).items():
+            wire.add_row(axis.replace("_", " "), collective, str(len(group)), gib(sum(each.sent for each in group), 4))
+        return render(table, wire)
+
+
+def estimate(
+    model: str | Path | Config,
+    parallelize: Parallelize | None = None,
+    *,
+    tensor_parallel_size: int = 1,
+    data_parallel_size: int = 1,
+    micro_batch_size: int = 1,
+    sequence_length: int | None = None,
+    precision: Precision = "bf16-true",
+) -> Estimate:
+    """Memory of each rank and bytes on the wire in a training step of a litgpt model; needs no GPU and no memory.
+
+    Rank 0 of the mesh runs a real step (forward, loss, backward, clipping, fused AdamW) on fake tensors with
+    collectives that go nowhere, with the optimizer's state of an earlier step. What an operation takes and gives back
+    within itself, and what the allocator wastes, is not in it. Blocks are counted as if they were not compiled:
+    compiled ones keep as much, and without sequence parallelism also outputs of norms. Experts get equally many tokens.
+
+    Args:
+        model: A name that litgpt knows (``"Llama-3-8B"``), a checkpoint directory, or a config.
+        parallelize: What the strategy will be given; ``fabric_tp.litgpt()`` by default.
+        tensor_parallel_size: Ranks over which each layer is split.
+        data_parallel_size: Ranks of FSDP2.
+        micro_batch_size: Samples of each data-parallel rank.
+        sequence_length: Tokens of a sample; the model's ``block_size`` by default.
+        precision: See :data:`Precision`.
+
+    Raises:
+        ValueError: The model is not known, sizes cannot be divided (as ``Parallelize.check`` finds out), or the
+            process has a process group, which this would need for itself.
+    """
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision={precision!r} is not known; it must be one of {get_args(Precision)}.")
+    for name, number in (("data_parallel_size", data_parallel_size), ("micro_batch_size", micro_batch_size)):
+        if number < 1:
+            raise ValueError(f"{name}={number} must be at least 1.")
+    from fabric_tp.architectures.litgpt.config import load_config, meta_model
+    from fabric_tp.architectures.litgpt.memory import least_memory
+
+    config = load_config(model)
+    length = sequence_length or config.block_size
+    parallelize = replace(parallelize or litgpt(), compile=False)
+    if precision == "bf16-mixed":
+        parallelize = replace(parallelize, mixed_precision="bf16-mixed")
+    whole = meta_model(config)
+    parallelize.check(whole, tensor_parallel_size=tensor_parallel_size, sequence_length=length)
+
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    with fake_mesh(data_parallel_size, tensor_parallel_size) as mesh, fake_tensors(config.n_expert or 1):
+        step = _count(config, parallelize, mesh, (micro_batch_size, length), dtype)
+    limits = least_memory(
+        whole,
+        tensor_parallel_size=tensor_parallel_size,
+        data_parallel_size=data_parallel_size,
+        tokens=micro_batch_size * length,
+        precision=precision,
+        activation_checkpointing=parallelize.activation_checkpointing,
+        fused_loss=parallelize.fused_loss,
+    )
+    return Estimate(
+        memory=step.memory,
+        collectives=step.collectives,
+        model=config.name,
+        tensor_parallel_size=tensor_parallel_size,
+        data_parallel_size=data_parallel_size,
+        micro_batch_size=micro_batch_size,
+        sequence_length=length,
+        precision=precision,
+        least=limits,
+        parallelize=parallelize,
+    )
+
+
+def _count(
+    config: Config, parallelize: Parallelize, mesh: DeviceMesh, batch: tuple[int, int], dtype: torch.dtype
+) -> CountedStep:
+    from fabric_tp.architectures.litgpt.config import model_for_length
+
+    with default_dtype(dtype):
+        model = model_for_length(config, batch[1])
+    parallelize(model, mesh)
+    tokens, targets = (torch.zeros(batch, dtype=torch.int64) for _ in range(2))
+    return count_step(
+        model,
+        torch.optim.AdamW(model.parameters(), fused=True),
+        lambda: model(tokens),
+        lambda logits: cross_entropy(logits, targets),
+        mesh=mesh,
+        batch=(tokens, targets),
+        head=model.lm_head,
+        warm_up=False,
+    )
+
+
+def gib(nbytes: int, digits: int = 2) -> str:
+    return f"{nbytes / 2**30:.{digits}f}"
+
+
+def render(*tables: Table) -> str:
+    console = Console(file=StringIO(), width=120, force_terminal=False)
+    for table in tables:
+        console.print(table)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def _grouped(collectives: Iterable[Collective]) -> dict[tuple[str, str], list[Collective]]:
+    groups: dict[tuple[str, str], list[Collective]] = {}
+    for collective in collectives:
+        groups.setdefault((collective.axis, collective.kind), []).append(collective)
+    return dict(sorted(groups.items(), reverse=True))

@@ -1,0 +1,99 @@
+"""The meshes and options with which a model fits a card."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from fabric_tp.measure.estimation import Estimate, Precision, estimate
+from fabric_tp.parallelize import ActivationCheckpointing, Parallelize, litgpt
+
+if TYPE_CHECKING:
+    from litgpt import Config
+
+SHORT = (4, 5)
+"""Layers of the models by which :func:`fit` rules out most ways, without a step of the whole one."""
+
+
+def fit(
+    model: str | Path | Config,
+    parallelize: Parallelize | None = None,
+    *,
+    memory: int,
+    devices: int,
+    max_tensor_parallel_size: int = 8,
+    micro_batch_size: int = 1,
+    sequence_length: int | None = None,
+    precision: Precision = "bf16-true",
+) -> Iterator[Estimate]:
+    """The ways to train on so many devices that fit, at most one for each mesh.
+
+    On each mesh the options are tried from the fastest to the leanest: without activation checkpointing, selective,
+    full; each without and with freeing gathered parameters after the forward. The first that fits is the one.
+    :func:`cheapest` sorts them.
+
+    Args:
+        model: As in :func:`estimate`, like the other arguments.
+        parallelize: Its other options are kept.
+        memory: Bytes that the peak may take.
+        devices: The number of ranks; each way uses them all.
+        max_tensor_parallel_size: The devices of one machine.
+    """
+    parallelize = parallelize or litgpt()
+    sizes: dict[str, Any] = {
+        "micro_batch_size": micro_batch_size,
+        "sequence_length": sequence_length,
+        "precision": precision,
+    }
+    from fabric_tp.architectures.litgpt.config import load_config, meta_model
+
+    config = load_config(model)
+    whole = meta_model(config)
+    for size in range(1, min(devices, max_tensor_parallel_size) + 1):
+        if devices % size:
+            continue
+        try:
+            parallelize.check(whole, tensor_parallel_size=size, sequence_length=sequence_length)
+        except ValueError:
+            continue
+        sizes |= {"tensor_parallel_size": size, "data_parallel_size": devices // size}
+        for option in _from_fast_to_lean(parallelize, devices // size):
+            if least_peak_by_layers(config, option, sizes) > memory:
+                continue
+            found = estimate(config, option, **sizes)
+            if found.memory.peak <= memory:
+                yield found
+                break
+
+
+def cheapest(estimates: Iterable[Estimate]) -> list[Estimate]:
+    """Sorted by the bytes that a rank sends for each token of the run, the fewest first."""
+    return sorted(estimates, key=lambda each: (each.sent() / each.tokens, each.memory.peak))
+
+
+def _from_fast_to_lean(parallelize: Parallelize, data_parallel_size: int) -> Iterator[Parallelize]:
+    for checkpointing in get_args(ActivationCheckpointing):
+        option = replace(parallelize, activation_checkpointing=checkpointing)
+        if data_parallel_size > 1:
+            yield replace(option, reshard_after_forward=False)
+        yield replace(option, reshard_after_forward=True)
+
+
+def least_peak_by_layers(config: Config, parallelize: Parallelize, sizes: dict[str, Any]) -> int:
+    """A bound from below for the peak, from models with fewer layers.
+
+    At any one moment of the step the bytes grow linearly with the number of layers, so that the peak, the largest of
+    them, is convex: it lies above the line through two of its points.
+    """
+    few, more = SHORT
+    if config.n_layer <= few + more or config.sliding_window_size is not None:
+        return 0
+    peaks = []
+    for layers in SHORT:
+        short = copy.copy(config)
+        short.n_layer = layers
+        peaks.append(estimate(short, parallelize, **sizes).memory.peak)
+    return peaks[0] + (peaks[1] - peaks[0]) * (config.n_layer - few) // (more - few)

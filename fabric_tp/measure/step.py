@@ -1,0 +1,197 @@
+"""One rank's step counted: on real ranks, or in one process that pretends to be one of many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.utils._pytree import tree_leaves
+
+from fabric_tp._torch import FakeTensor, FakeTensorMode, TorchDispatchMode, unset_fake_temporarily
+from fabric_tp.measure.communication import Collective, CollectiveCounter
+from fabric_tp.measure.memory import Memory, MemoryTracker
+from fabric_tp.parallelize import DATA_PARALLEL, TENSOR_PARALLEL
+from fabric_tp.strategy.optimizer import local
+
+
+@dataclass(frozen=True)
+class CountedStep:
+    """A counted step of one rank."""
+
+    memory: Memory
+    collectives: tuple[Collective, ...]
+
+    def sent(self, axis: str | None = None) -> int:
+        """Bytes that the rank sends over one dimension of the mesh, or over all."""
+        return sum(collective.sent for collective in self.collectives if axis in (None, collective.axis))
+
+
+def count_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    compute_output: Callable[[], Any],
+    compute_loss: Callable[[Any], Tensor],
+    *,
+    mesh: DeviceMesh,
+    batch: Iterable[Tensor] = (),
+    head: nn.Module | None = None,
+    max_norm: float = 1.0,
+    update: Callable[[], object] | None = None,
+    warm_up: bool = True,
+) -> CountedStep:
+    """Count the memory and the collectives of one rank in the second of two training steps.
+
+    Args:
+        model: With its parameters where they will be; it is trained.
+        optimizer: Of the model's parameters.
+        compute_output: The forward, up to what ``compute_loss`` takes.
+        compute_loss: From the output to the loss.
+        mesh: Whose dimensions the collectives are told apart by.
+        batch: Tensors that live throughout, and count among the buffers.
+        head: The module that makes the logits, if there is one: what it makes counts among them.
+        max_norm: For the clipping of gradients.
+        update: Instead of ``optimizer.step()`` on local shards.
+        warm_up: ``False``: the first step has no forward and backward, and gradients of zero. On fake tensors it must
+            be ``True`` if forward and backward run operations on DTensors, which find out shapes on their first run.
+    """
+    with CollectiveCounter(mesh) as counter, MemoryTracker() as tracker:
+        tracker.mark("buffers", [*model.buffers(), *batch])
+        tracker.mark("parameters", model.parameters())
+        watch = _Phases(tracker, counter)
+        hooks = [head.register_forward_pre_hook(watch.enter_head)] if head is not None else []
+        for whole in (warm_up, True):
+            tracker.restart()
+            counter.collectives.clear()
+            if whole:
+                _forward_and_backward(compute_output, compute_loss, watch)
+            else:
+                for parameter in model.parameters():
+                    parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+            tracker.mark("gradients", (parameter.grad for parameter in model.parameters()))
+            watch.enter("clipping")
+            nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            watch.enter("optimizer")
+            if update is None:
+                with local(optimizer):
+                    optimizer.step()
+            else:
+                update()
+            tracker.mark("optimizer state", _tensors(optimizer.state.values()))
+            optimizer.zero_grad()
+        for hook in hooks:
+            hook.remove()
+        return CountedStep(tracker.memory(), tuple(counter.collectives))
+
+
+@contextmanager
+def fake_mesh(data_parallel_size: int, tensor_parallel_size: int, device_type: str = "cpu") -> Iterator[DeviceMesh]:
+    """Fabric's mesh in this one process, as its rank 0, with collectives that go nowhere.
+
+    Raises:
+        ValueError: The process has a process group.
+    """
+    if dist.is_initialized():
+        raise ValueError(
+            "This process has a process group, and one rank of another mesh cannot be played beside it. Call it before"
+            " Fabric launches, or run `fabric-tp estimate` in a process of its own."
+        )
+    dist.init_process_group("fake", rank=0, world_size=data_parallel_size * tensor_parallel_size)
+    try:
+        shape = (data_parallel_size, tensor_parallel_size)
+        yield init_device_mesh(device_type, shape, mesh_dim_names=(DATA_PARALLEL, TENSOR_PARALLEL))
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def fake_tensors(experts: int = 1) -> Iterator[None]:
+    """Within it tensors have a shape and no memory."""
+    with FakeTensorMode(allow_non_fake_inputs=True), _Values(experts):
+        yield
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _forward_and_backward(
+    compute_output: Callable[[], Any], compute_loss: Callable[[Any], Tensor], watch: _Phases
+) -> None:
+    watch.enter("forward")
+    output = compute_output()
+    watch.enter_loss(output)
+    loss = compute_loss(output)
+    del output
+    watch.enter("backward")
+    loss.backward()
+    watch.leave_head()
+
+
+class _Phases:
+    """Tells tracker and counter what is running."""
+
+    def __init__(self, tracker: MemoryTracker, counter: CollectiveCounter) -> None:
+        self._tracker, self._counter = tracker, counter
+        self._in_head = False
+
+    def enter(self, name: str) -> None:
+        self._tracker.phase(name)
+        self._counter.phase = name
+
+    def enter_head(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.enter("head and loss")
+        self._tracker.mark_live("activations")
+        self._tracker.made, self._in_head = "logits and loss", True
+        if args[0].requires_grad:
+            args[0].register_hook(self.leave_head)
+
+    def enter_loss(self, output: Any) -> None:
+        """If the model has no head, then its output is what the loss starts with."""
+        if not self._in_head:
+            self._tracker.mark("logits and loss", [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)])
+            self.enter_head(nn.Identity(), tuple(tree_leaves(output)))
+
+    def leave_head(self, grad: Tensor | None = None) -> None:
+        self._tracker.made, self._in_head = "temporaries", False
+
+
+class _Values(TorchDispatchMode):
+    """Answers what depends on values, which fake tensors do not have, and leaves the mesh's own tensors real."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self._experts = experts
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if any(cls not in (Tensor, nn.Parameter, FakeTensor) for cls in types):
+            return NotImplemented
+        if FakeTensor not in types and any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
+            with unset_fake_temporarily():
+                return operation(*args, **(kwargs or {}))
+        if operation is torch.ops.aten._local_scalar_dense.default:
+            return 0
+        if operation is torch.ops._c10d_functional.wait_tensor.default:
+            return args[0]  # as it is on a device; the rule for fake tensors makes another tensor
+        if operation is torch.ops.aten.nonzero.default:
+            mask = args[0]
+            found = mask.numel() // (self._experts if mask.dim() > 1 else 1)
+            return mask.new_empty((found, mask.dim()), dtype=torch.int64)
+        return operation(*args, **(kwargs or {}))
+
+
+def _tensors(states: Iterable[dict[str, Any]]) -> Iterator[Tensor]:
+    return (value for state in states for value in state.values() if isinstance(value, Tensor))

@@ -1,0 +1,21 @@
+"""The factories, and the order of the steps by which they parallelize a model."""
+
+from fabric_tp.parallelize.factories import Parallelize, auto, feed_forward, from_plan, litgpt, llama
+from fabric_tp.parallelize.options import ActivationCheckpointing, BlockOptions, MixedPrecision
+from fabric_tp.parallelize.parallelize import DATA_PARALLEL, TENSOR_PARALLEL, Derived, ParallelizeByPlan
+
+__all__ = [
+    "DATA_PARALLEL",
+    "TENSOR_PARALLEL",
+    "ActivationCheckpointing",
+    "BlockOptions",
+    "Derived",
+    "MixedPrecision",
+    "Parallelize",
+    "ParallelizeByPlan",
+    "auto",
+    "feed_forward",
+    "from_plan",
+    "litgpt",
+    "llama",
+]

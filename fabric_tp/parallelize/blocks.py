@@ -1,0 +1,67 @@
+"""Activation checkpointing and compilation, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from fabric_tp import _torch
+from fabric_tp.autograd.kept_reductions import kept_reductions
+from fabric_tp.parallelize.compiled import compile_block
+from fabric_tp.parallelize.options import BlockOptions
+
+
+def checkpoint_or_compile(blocks: Iterable[nn.Module], options: BlockOptions) -> None:
+    """Let each block be computed again in the backward, or be compiled, as the options say."""
+    for block in blocks:
+        if options.compile:
+            compile_block(block, POLICIES[options.activation_checkpointing])
+        elif options.activation_checkpointing == "full":
+            _torch.checkpoint(block)
+        elif options.activation_checkpointing == "selective":
+            _torch.checkpoint(block, context_fn=_keep_expensive)
+
+
+def _keep_expensive() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Keep the results of attention, and those of reductions together with the products before them."""
+    forward, recomputation = kept_reductions()
+    attention = create_selective_checkpoint_contexts(_keep_attention)
+    return _Both(attention[0], forward), _Both(attention[1], recomputation)
+
+
+def _keep_nothing(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _keep_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    keep = "scaled_dot_product" in str(operation)
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _keep_attention_and_reductions(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    if operation in _torch.COLLECTIVE_RESULTS:
+        return CheckpointPolicy.MUST_SAVE
+    return _keep_attention(context, operation)
+
+
+POLICIES = {"none": None, "full": _keep_nothing, "selective": _keep_attention_and_reductions}
+"""What is kept by a checkpoint that the compiler traces: it sees operators only."""
+
+
+class _Both(AbstractContextManager[None]):
+    """Two contexts as one; unlike a generator's, it may be entered again."""
+
+    def __init__(self, *contexts: AbstractContextManager[Any]) -> None:
+        self.contexts = contexts
+
+    def __enter__(self) -> None:
+        self.stack = ExitStack()
+        for context in self.contexts:
+            self.stack.enter_context(context)
+
+    def __exit__(self, *error: Any) -> None:
+        self.stack.__exit__(*error)

@@ -1,0 +1,124 @@
+"""What a user hands to ``TensorParallelStrategy(...)`` or ``ModelParallelStrategy(parallelize_fn=...)``.
+
+Each factory is a dataclass: its options are its fields, documented at :class:`TransformerOptions` and
+:class:`BlockOptions`, and an instance is the function that parallelizes a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from fabric_tp.architectures import FEED_FORWARD, LITGPT, LLAMA, Architecture, recognise
+from fabric_tp.architectures.architecture import children, has
+from fabric_tp.parallelize.parallelize import Derived, ParallelizeByPlan
+from fabric_tp.plan import TransformerOptions, derive_feed_forward_plan, derive_plan, tied_parameters
+
+TORCH_LEAN = "fabric_tp.architectures.lean:TORCH"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallelize(ParallelizeByPlan, TransformerOptions):
+    """Parallelize a transformer of an architecture that you describe, or of a known one.
+
+    Made by :func:`litgpt`, :func:`llama` and :func:`auto`, or with an :class:`Architecture` of yours::
+
+        fabric_tp.Parallelize(architecture=PARROT, sequence_parallel=False)
+    """
+
+    architecture: Architecture | None = None
+    """What the model looks like; None recognises it."""
+    lean: bool = True
+    """Compute norms, activations and attention so that less is kept for the backward, where that is exactly equivalent
+    to the model's own modules: outputs of norms and of activations are made again, keys and values are not repeated for
+    the query heads that share them, masks of sliding windows are made once for all layers."""
+
+    def derive(self, model: nn.Module, tensor_parallel_size: int) -> Derived:
+        architecture = self.architecture or recognise(model)
+        if architecture.block is None:
+            return _derive_feed_forward(architecture, model, self.lean, tensor_parallel_size)
+        options = self if self.activation_checkpointing == "none" else replace(self, regather=False)
+        plan = derive_plan(architecture, model, options, tensor_parallel_size)
+        # FSDP2 cannot shard a parameter in two places.
+        ends = [] if tied_parameters(model) else architecture.ends
+        return Derived(
+            plan=plan,
+            derived_from=architecture.description,
+            blocks=list(children(model, architecture.blocks).values()),
+            ends=[[model.get_submodule(name) for name in names] for names in ends],
+            lean=_lean(architecture) if self.lean else (),
+            splits_sequence=architecture.splits_sequence if self.sequence_parallel else (),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class litgpt(Parallelize):
+    """Parallelize a ``litgpt.GPT`` or ``litgpt.lora.GPT``."""
+
+    architecture: Architecture | None = field(default=LITGPT, init=False, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class llama(Parallelize):
+    """Parallelize a Llama in Meta's names: ``tok_embeddings``, ``layers.*.attention.wq``, ..., ``output``.
+
+    ``layers`` may be a ModuleList or a ModuleDict.
+    """
+
+    architecture: Architecture | None = field(default=LLAMA, init=False, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class auto(Parallelize):
+    """Parallelize a model of any known architecture, recognised by the names of its modules.
+
+    A model that is not recognised is a ValueError that says which are known.
+    """
+
+    architecture: Architecture | None = field(default=None, init=False, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class feed_forward(ParallelizeByPlan):
+    """Parallelize a SwiGLU MLP with layers ``w1``, ``w2`` and ``w3``, or a model made of such MLPs.
+
+    Input and output are whole on every rank.
+    """
+
+    lean: bool = True
+    """As in :class:`litgpt`."""
+
+    def derive(self, model: nn.Module, tensor_parallel_size: int) -> Derived:
+        return _derive_feed_forward(FEED_FORWARD, model, self.lean, tensor_parallel_size)
+
+
+@dataclass(frozen=True)
+class from_plan(ParallelizeByPlan):
+    """Parallelize any module by a plan; whether sequence and loss are parallel is up to it."""
+
+    own_plan: Mapping[str, ParallelStyle]
+    """Styles of :mod:`fabric_tp.styles`, or torch's own, by name of the module; ``*`` stands for one part of a name
+    (``"layers.*.attention.wq"``), and ``""`` for the model itself. Every parameter must be covered."""
+    blocks: str | None = field(default=None, kw_only=True)
+    """Name of the ModuleList or ModuleDict whose children are sharded by FSDP2, checkpointed and compiled one by one.
+    Without it the model is taken as a whole."""
+
+    def derive(self, model: nn.Module, tensor_parallel_size: int) -> Derived:
+        if self.blocks and not has(model, self.blocks):
+            raise ValueError(f"blocks={self.blocks!r} is not a module of the model.")
+        blocks = list(children(model, self.blocks).values()) if self.blocks else []
+        return Derived(plan=dict(self.own_plan), blocks=blocks)
+
+
+def _derive_feed_forward(
+    architecture: Architecture, model: nn.Module, lean: bool, tensor_parallel_size: int
+) -> Derived:
+    plan = derive_feed_forward_plan(architecture, model, tensor_parallel_size)
+    return Derived(plan=plan, derived_from=architecture.description, lean=_lean(architecture) if lean else ())
+
+
+def _lean(architecture: Architecture) -> tuple[str, ...]:
+    return (TORCH_LEAN, architecture.lean) if architecture.lean else (TORCH_LEAN,)

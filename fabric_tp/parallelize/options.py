@@ -1,0 +1,39 @@
+"""The options of all factories, with their documentation; a recipe's or a command line's help comes from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+ActivationCheckpointing = Literal["none", "full", "selective"]
+MixedPrecision = Literal["bf16-mixed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockOptions:
+    """What is done to the blocks of any model, however they are split."""
+
+    activation_checkpointing: ActivationCheckpointing = "none"
+    """``"none"``; ``"full"``: keep only each block's input and compute the block again in the backward;
+    ``"selective"``: also keep the results of attention and of reductions."""
+    compile: bool = False
+    """Compile the forward of each block: one graph of plain tensors and collectives for all that are alike. It keeps
+    what a block keeps that is not compiled; without ``sequence_parallel``, also outputs of norms."""
+    mixed_precision: MixedPrecision | MixedPrecisionPolicy | None = None
+    """``"bf16-mixed"``: FSDP2 casts each block's parameters to bf16 for the computation and reduces gradients in fp32.
+    Or a ``MixedPrecisionPolicy``."""
+    reshard_after_forward: bool = True
+    """Free a block's gathered parameters after its forward and gather them again in its backward. ``False``: more
+    memory, less communication over the data-parallel ranks."""
+
+    def __post_init__(self) -> None:
+        _check_choice("activation_checkpointing", self.activation_checkpointing, ("none", "full", "selective"))
+        if not isinstance(self.mixed_precision, MixedPrecisionPolicy):
+            _check_choice("mixed_precision", self.mixed_precision, (None, "bf16-mixed"))
+
+
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known; it must be one of {', '.join(map(repr, choices))}.")

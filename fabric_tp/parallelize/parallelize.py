@@ -1,0 +1,176 @@
+"""From a model to a parallelized one: the order of the steps."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from fabric_tp import _torch
+from fabric_tp.parallelize.blocks import checkpoint_or_compile
+from fabric_tp.parallelize.fsdp import shard_over_data_parallel
+from fabric_tp.parallelize.lean import make_lean
+from fabric_tp.parallelize.options import BlockOptions
+from fabric_tp.parallelize.partial_gradients import PartialGradients
+from fabric_tp.plan import Plan, apply_plan, check_plan
+from fabric_tp.plan.table import table
+from fabric_tp.random import broadcast, initialize, shared_seed
+from fabric_tp.styles import VocabParallelEmbedding
+from fabric_tp.styles.layout import check_sequence_length
+from fabric_tp.styles.random_module import follow_run, has_followers
+
+Model = TypeVar("Model", bound=nn.Module)
+
+DATA_PARALLEL, TENSOR_PARALLEL = "data_parallel", "tensor_parallel"
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What is to be done to one model on so many ranks."""
+
+    plan: Plan
+    derived_from: str = ""
+    """Description of the architecture from which the plan was derived; empty for a plan of the user's."""
+    blocks: list[nn.Module] = field(default_factory=list)
+    """What is checkpointed, compiled and sharded by FSDP2 one by one; empty for the model as a whole."""
+    ends: list[list[nn.Module]] = field(default_factory=list)
+    """What comes before the blocks, and what after them."""
+    lean: tuple[str, ...] = ()
+    """Import paths of tables of lean modules."""
+    splits_sequence: tuple[str, ...] = ()
+    """Arguments of the forward that would cut a sequence of which each rank has only a part."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelizeByPlan(BlockOptions):
+    """Parallelizes a model over Fabric's ("data_parallel", "tensor_parallel") mesh by a plan that subclasses make."""
+
+    def derive(self, model: nn.Module, tensor_parallel_size: int) -> Derived:
+        """Find out, once, what is to be done to the model; unchecked.
+
+        Raises:
+            ValueError: The model is none that this can parallelize.
+        """
+        raise NotImplementedError
+
+    def __call__(self, model: Model, device_mesh: DeviceMesh) -> Model:
+        """Parallelize ``model`` in place: its parameters become DTensors on this rank's device, initialised if on meta.
+
+        Raises:
+            ValueError: See :meth:`check`.
+        """
+        mesh = _tensor_parallel(device_mesh)
+        derived = self._checked(model, mesh.size())
+        device = _device(device_mesh)
+        _synchronise(model, device_mesh, device)
+        make_lean(model, derived.lean)
+        apply_plan(derived.plan, model, mesh)
+        checkpoint_or_compile(derived.blocks or [model], self)
+        shard_over_data_parallel(model, derived.blocks, derived.ends, _data_parallel(device_mesh), self)
+        if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
+            initialize(model, device, shared_seed(device_mesh))
+        PartialGradients(model, mesh)
+        if has_followers(model):
+            follow_run(model, device_mesh, shared_seed(device_mesh))
+        if derived.splits_sequence and mesh.size() > 1:
+            refuse_arguments(model, derived.splits_sequence)
+        if device_mesh.ndim > 1:
+            _torch.flatten(device_mesh)
+        return model
+
+    def plan(self, model: nn.Module, *, tensor_parallel_size: int) -> Plan:
+        """The style of each module, by name pattern; checked as in :meth:`check`."""
+        return self._checked(model, tensor_parallel_size).plan
+
+    def check(self, model: nn.Module, *, tensor_parallel_size: int, sequence_length: int | None = None) -> None:
+        """Find out whether the model can be parallelized so, without processes or memory (a meta model will do).
+
+        Raises:
+            ValueError: The model is not of the architecture; a plan key matches nothing; a parameter is covered by no
+                style; heads, widths or the sequence length cannot be divided, with what works.
+        """
+        plan = self.plan(model, tensor_parallel_size=tensor_parallel_size)
+        splits_sequence = any(
+            isinstance(style, VocabParallelEmbedding) and style.output_layout == "sequence" for style in plan.values()
+        )
+        if sequence_length is not None and splits_sequence:
+            check_sequence_length(sequence_length, tensor_parallel_size)
+
+    def explain(self, model: nn.Module, *, tensor_parallel_size: int, data_parallel_size: int = 1) -> str:
+        """A table of module, style, parameter shape whole and per rank, and collectives of forward and backward.
+
+        Needs no process group; for a model on the meta device, no memory either.
+        """
+        plan = self.plan(model, tensor_parallel_size=tensor_parallel_size)
+        sizes = {"tensor_parallel_size": tensor_parallel_size, "data_parallel_size": data_parallel_size}
+        return table(plan, model, **sizes)
+
+    def _checked(self, model: nn.Module, tensor_parallel_size: int) -> Derived:
+        if tensor_parallel_size < 1:
+            raise ValueError(f"tensor_parallel_size={tensor_parallel_size} must be at least 1.")
+        derived = self.derive(model, tensor_parallel_size)
+        check_plan(derived.plan, model, tensor_parallel_size, derived.derived_from)
+        return derived
+
+
+def refuse_arguments(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Let the model's forward refuse these arguments, however they are given."""
+    signature = inspect.signature(model.forward)
+
+    def refuse(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        given = signature.bind_partial(*args, **kwargs).arguments
+        for name in names:
+            if given.get(name):
+                raise ValueError(
+                    f"{name}={given[name]} cuts the sequence after each rank has got its part of it, so pieces of"
+                    " different ranks would be put together. Leave it out, and use fused_loss=True for less memory; or"
+                    " sequence_parallel=False."
+                )
+
+    model.register_forward_pre_hook(refuse, with_kwargs=True)
+
+
+def _tensor_parallel(mesh: DeviceMesh) -> DeviceMesh:
+    names = mesh.mesh_dim_names or ()
+    if TENSOR_PARALLEL not in names:
+        raise ValueError(
+            f"The device mesh has the dimensions {names or '(unnamed)'} and none called {TENSOR_PARALLEL!r}. Fabric's"
+            " ModelParallelStrategy makes the right one; by hand:"
+            f" init_device_mesh(device, (dp, tp), mesh_dim_names=({DATA_PARALLEL!r}, {TENSOR_PARALLEL!r}))."
+        )
+    return mesh if mesh.ndim == 1 else mesh[TENSOR_PARALLEL]
+
+
+def _data_parallel(mesh: DeviceMesh) -> DeviceMesh | None:
+    if DATA_PARALLEL not in (mesh.mesh_dim_names or ()):
+        return None
+    return mesh if mesh.ndim == 1 else mesh[DATA_PARALLEL]
+
+
+def _device(mesh: DeviceMesh) -> torch.device:
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
+
+
+def _synchronise(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
+    """Give all ranks the first rank's values, as data parallelism does: each is about to keep a part of its own copy.
+
+    Parameters visit the device one by one; buffers stay there. In the order of their names: a module that makes its
+    buffers from a set (Gemma 3's rotary tables) has them in another order in each process.
+    """
+    if mesh.size() > 1:
+        for _, parameter in sorted(model.named_parameters()):
+            if not parameter.is_meta:
+                on_device = parameter.data.to(device)
+                broadcast(on_device, mesh)
+                parameter.data = on_device.to(parameter.device)
+    for _, buffer in sorted(model.named_buffers()):
+        if not buffer.is_meta:
+            buffer.data = buffer.data.to(device)
+            broadcast(buffer.data, mesh)

@@ -1,0 +1,288 @@
+"""From what a model has to its plan: functions of plain data, none of which sees the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fabric_tp.architectures import Architecture, Block
+from fabric_tp.architectures.architecture import AdaptedHeads
+from fabric_tp.autograd.collectives import Layout
+from fabric_tp.plan.inspection import (
+    Dropouts,
+    FoundAttention,
+    FoundBlock,
+    FoundExperts,
+    FoundMLP,
+    FusedLinear,
+    Linear,
+    QKNorm,
+    inspect_feed_forwards,
+    inspect_transformer,
+    join,
+)
+from fabric_tp.plan.options import TransformerOptions
+from fabric_tp.plan.plan import Plan
+from fabric_tp.styles import (
+    AllHeadsNorm,
+    Colwise,
+    Dropout,
+    FusedColwise,
+    Heads,
+    LMHead,
+    LowRankColwise,
+    LowRankFused,
+    LowRankHead,
+    LowRankRowwise,
+    ParallelResidual,
+    PrepareInput,
+    PrepareInputOutput,
+    RandomHeads,
+    RandomUnsharded,
+    Replicated,
+    Rowwise,
+    ScatterInput,
+    ShardHeads,
+    SharedHeads,
+    Style,
+    Unsharded,
+    VocabParallelEmbedding,
+)
+
+Styles = dict[str, Style]
+"""By path from the module that is meant."""
+
+COLWISE = Colwise(input_layout=None)
+
+
+def derive_plan(
+    architecture: Architecture, model: nn.Module, options: TransformerOptions, tensor_parallel_size: int
+) -> Plan:
+    """The plan for a transformer of this architecture.
+
+    Raises:
+        ValueError: The model lacks modules of the architecture, or what a dropout sees is not known.
+    """
+    found = inspect_transformer(architecture, model)
+    assert architecture.block is not None
+    layout = options.layout
+    measured = architecture.measures_embedding and options.sequence_parallel
+    plan: Plan = {architecture.embedding: VocabParallelEmbedding("replicate" if measured else layout)}
+    if measured:
+        plan[next(iter(found.blocks))] = ScatterInput()
+    deriver = _Deriver(options, tensor_parallel_size, architecture.block)
+    plan |= _blocks(architecture.blocks, found.blocks, deriver)
+    plan[architecture.norm] = Replicated(layout)
+    if found.head.base:
+        head: LMHead = LowRankHead(layout, regather=options.regather, loss_parallel=options.loss_parallel)
+    else:
+        head = LMHead(
+            layout, regather=options.regather, loss_parallel=options.loss_parallel, fused_loss=options.fused_loss
+        )
+    plan |= _layer(found.head, head, COLWISE)
+    return plan | _outer_dropouts(architecture, found.dropouts, layout, measured and tensor_parallel_size > 1)
+
+
+def derive_feed_forward_plan(architecture: Architecture, model: nn.Module, tensor_parallel_size: int) -> Plan:
+    """The plan for a module that contains MLPs of this architecture; input and output of each are whole.
+
+    Raises:
+        ValueError: There is no such MLP, or what a dropout sees is not known.
+    """
+    found, dropouts = inspect_feed_forwards(architecture, model)
+    plan: Plan = {name: Dropout() for name in dropouts.rates}
+    for name, mlp in found.items():
+        plan |= _under(name, _feed_forward(mlp, "replicate", tensor_parallel_size))
+    return plan
+
+
+def _blocks(path: str, found: dict[str, FoundBlock], deriver: _Deriver) -> Plan:
+    """One pattern for all blocks if they are alike; otherwise each block by its name."""
+    first, *others = found.values()
+    if all(other == first for other in others):
+        return dict(_under(f"{path}.*", deriver.block(first)))
+    return {name: style for path, each in found.items() for name, style in _under(path, deriver.block(each)).items()}
+
+
+@dataclass(frozen=True)
+class _Deriver:
+    """The plan of one block, by paths from it."""
+
+    options: TransformerOptions
+    size: int
+    described: Block
+
+    def block(self, found: FoundBlock) -> Styles:
+        options, layout = self.options, self.options.layout
+        plan: Styles = {name: Replicated(layout) for name in found.norms}
+        dropouts = {name: Dropout(layout) for name in found.dropouts.rates}
+        # A dropout between attention or MLP and the residual belongs to one of them: they cannot share a reduction.
+        norm = None if options.replicate_attention or dropouts else found.shared_norm
+        plan |= dropouts
+        attention, feed_forward = self.described.attention.name, self.described.feed_forward.name
+        if norm:
+            plan[""] = ParallelResidual(norm, attention, feed_forward, layout, regather=options.regather)
+        inner = None if norm else layout
+        plan |= _under(attention, self.attention(found.attention, inner))
+        if found.experts and self.described.experts:
+            return plan | _under(self.described.experts.name, self.experts(found.experts))
+        assert found.feed_forward is not None
+        return plan | _under(feed_forward, _feed_forward(found.feed_forward, inner, self.size, options.regather))
+
+    def attention(self, found: FoundAttention, layout: Layout | None) -> Styles:
+        if self.options.replicate_attention:
+            return _whole_attention(found, self.options.layout)
+        heads = Heads(found.heads.query, found.heads.key_value)
+        shared = None if heads.splits_key_value(self.size) else heads
+        plan: Styles = {
+            "": (RandomHeads if found.draws else ShardHeads)(
+                heads,
+                layout,
+                query_counts=found.query_counts,
+                key_value_counts=found.key_value_counts,
+                group_sizes=found.group_sizes,
+                regather=self.options.regather,
+            )
+        }
+        for fused in found.fused:
+            plan |= _fused_heads(fused, heads, shared, self.described.attention.adapted)
+        plan |= _colwise(found.queries)
+        for layer in found.keys_values:
+            plan |= _layer(layer, SharedHeads(shared, None), COLWISE) if shared else _colwise((layer,))
+        plan |= {norm.name: _qk_norm(norm, found.heads.size, None) for norm in found.query_norms}
+        plan |= {norm.name: _qk_norm(norm, found.heads.size, shared) for norm in found.key_norms}
+        plan |= {name: Replicated(partial_gradient=True) for name in found.whole}
+        plan |= _rowwise(found.outputs, layout)
+        inputs = (*found.queries, *found.keys_values)
+        return plan | _inner_dropouts(found, inputs, layout, self.size)
+
+    def experts(self, found: FoundExperts) -> Styles:
+        """Every expert is split over all ranks: one gather before the router, one reduction of what all add up.
+
+        Router and experts keep what they make of the gathered input, so that there is nothing to gather again.
+        """
+        described, layout = self.described.experts, self.options.layout
+        assert described is not None
+        plan: Styles = {"": PrepareInputOutput(layout, layout, regather=False)}
+        plan |= {name: Replicated(partial_gradient=True) for name in found.router}
+        plan |= {name: Dropout() for name in found.dropouts.rates}  # between the experts all is whole, or a sum of it
+        mlps = {f"{described.experts}.*": found.expert, **found.shared}
+        for name, mlp in mlps.items():
+            plan |= _under(name, _hidden(mlp, None, self.size))
+        return plan
+
+
+def _under(path: str, styles: Styles) -> Styles:
+    return {join(path, name): style for name, style in styles.items()}
+
+
+def _fused_heads(fused: FusedLinear, heads: Heads, shared: Heads | None, adapted: AdaptedHeads | None) -> Styles:
+    if fused.layout == "by_group":
+        if shared:
+            raise ValueError(
+                f"tensor_parallel_size does not divide the {heads.key_value} groups of query heads by which the rows"
+                f" of {fused.name} lie. Its divisors work; replicate_attention=True leaves the attention whole."
+            )
+        return {fused.name: LowRankColwise(None), fused.base: COLWISE} if fused.base else {fused.name: COLWISE}
+    sharing: dict[str, Heads] = {part: shared for part in ("k", "v") if shared and part in fused.parts}
+    base = FusedColwise(fused.parts, None, shared=sharing)
+    if not fused.base or adapted is None:
+        return {fused.name: base}
+    adapter = LowRankFused(
+        base,
+        fused.changed,
+        heads,
+        query_counts=adapted.query_counts,
+        key_value_counts=adapted.key_value_counts,
+        row_counts=adapted.row_counts if fused.changed else (),
+        row_indices=adapted.row_indices if fused.changed else (),
+    )
+    return {fused.name: adapter, fused.base: base}
+
+
+def _qk_norm(norm: QKNorm, head_size: int, shared: Heads | None) -> Style:
+    """The norm of single heads has a weight of their size, that of all heads together a longer one."""
+    if norm.features == head_size:
+        return Replicated(partial_gradient=True)
+    return AllHeadsNorm(norm.features, shared=shared, epsilon=norm.epsilon, unit_offset=norm.unit_offset)
+
+
+def _whole_attention(found: FoundAttention, layout: Layout) -> Styles:
+    plan: Styles = {"": (RandomUnsharded if found.draws else Unsharded)(layout)}
+    plan |= {name: Dropout() for name in found.dropouts.rates}
+    return plan | {name: Replicated() for name in found.every}
+
+
+def _feed_forward(found: FoundMLP, layout: Layout | None, size: int, regather: bool = True) -> Styles:
+    plan: Styles = {"": PrepareInput(layout, regather=regather)} if layout else {}
+    return plan | _hidden(found, layout, size)
+
+
+def _hidden(found: FoundMLP, output_layout: Layout | None, size: int) -> Styles:
+    plan = _colwise(found.inputs)
+    plan |= {fused.name: FusedColwise(fused.parts, None) for fused in found.fused}
+    plan |= _rowwise(found.outputs, output_layout)
+    return plan | _inner_dropouts(found, found.inputs, output_layout, size)
+
+
+def _colwise(layers: tuple[Linear, ...]) -> Styles:
+    plan: Styles = {}
+    for layer in layers:
+        plan |= _layer(layer, LowRankColwise(None) if layer.base else COLWISE, COLWISE)
+    return plan
+
+
+def _rowwise(layers: tuple[Linear, ...], layout: Layout | None) -> Styles:
+    plan: Styles = {}
+    for layer in layers:
+        plan |= _layer(layer, (LowRankRowwise if layer.base else Rowwise)(layout), Rowwise(None))
+    return plan
+
+
+def _layer(layer: Linear, style: Style, base: Style) -> Styles:
+    """A linear layer, or an adapter with the linear layer in it."""
+    return {layer.name: style, layer.base: base} if layer.base else {layer.name: style}
+
+
+def _outer_dropouts(architecture: Architecture, dropouts: Dropouts, layout: Layout, ambiguous: bool) -> Plan:
+    """Outside of the blocks; ``ambiguous`` if some there see the whole sequence, and some a part of it."""
+    plan: Plan = {}
+    for name, rate in dropouts.rates.items():
+        if name.startswith(f"{architecture.head}."):
+            plan[name] = Dropout()
+        elif not ambiguous:
+            plan[name] = Dropout(layout)
+        elif rate > 0:
+            raise ValueError(
+                f"{name} is a Dropout between the embedding, whose output is whole on every rank, and the head,"
+                " whose input is not, and which of both it sees is not known. Use sequence_parallel=False, or move"
+                " it into the blocks."
+            )
+    return plan
+
+
+def _inner_dropouts(
+    found: FoundAttention | FoundMLP, inputs: tuple[Linear, ...], layout: Layout | None, size: int
+) -> Styles:
+    """Inside attention or an MLP: in adapters, on shards, and on what the row-wise layer made of them."""
+    plan: Styles = {}
+    outputs = {layer.name for layer in found.outputs}
+    for name, rate in found.dropouts.rates.items():
+        if name in found.dropouts.in_adapters:
+            plan[name] = Dropout("features" if name.rpartition(".")[0] in outputs else "replicate")
+            continue
+        width = found.outputs[0].out_features
+        sharded = {layer.in_features for layer in found.outputs} | {layer.out_features for layer in inputs}
+        sharded |= {sum(fused.parts.values()) for fused in found.fused}
+        if size == 1 or width * size not in sharded:
+            plan[name] = Dropout("features", reduced_features=width, reduced_layout=layout or "replicate")
+        elif rate > 0:
+            raise ValueError(
+                f"{name} is a Dropout in a {found.class_name} whose {width * size} hidden features are {width} on"
+                f" each of {size} ranks, as many as its output has: which of both the dropout sees is unknown. Say so:"
+                " plan = fabric_tp.auto().plan(model, tensor_parallel_size=1); plan[...] = fabric_tp.styles."
+                'Dropout("features"), or where it comes last "sequence", or "replicate" without sequence parallelism;'
+                " then use fabric_tp.from_plan(plan)."
+            )
+    return plan

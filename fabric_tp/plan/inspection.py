@@ -1,0 +1,290 @@
+"""What a model of an architecture has: found once, as plain data, so that a plan can be made without the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from fabric_tp.architectures import Architecture, Attention, Block, Experts, FeedForward, HeadCounts
+from fabric_tp.architectures.architecture import FusedLayout, children, find_feed_forwards, has
+from fabric_tp.styles.dropout import is_dropout
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer, or an adapter around one."""
+
+    name: str
+    in_features: int
+    out_features: int
+    base: str | None
+    """The layer within the adapter, if it is one."""
+
+
+@dataclass(frozen=True)
+class FusedLinear:
+    name: str
+    parts: dict[str, int]
+    layout: FusedLayout
+    base: str | None
+    changed: tuple[str, ...] = ()
+    """Of an adapter: the parts that it changes."""
+
+
+@dataclass(frozen=True)
+class QKNorm:
+    name: str
+    features: int
+    epsilon: float | None
+    """None: it is no norm that could be computed over several ranks."""
+    unit_offset: bool
+
+
+@dataclass(frozen=True)
+class Dropouts:
+    """The ``nn.Dropout`` modules within a module, by their names."""
+
+    rates: dict[str, float] = field(default_factory=dict)
+    in_adapters: frozenset[str] = frozenset()
+
+    def outside(self, *names: str) -> Dropouts:
+        """Those that are not in these children."""
+        rates = {path: rate for path, rate in self.rates.items() if not any(_is_within(path, name) for name in names)}
+        return Dropouts(rates, self.in_adapters)
+
+
+@dataclass(frozen=True)
+class FoundMLP:
+    inputs: tuple[Linear, ...]
+    fused: tuple[FusedLinear, ...]
+    outputs: tuple[Linear, ...]
+    dropouts: Dropouts
+    class_name: str
+
+
+@dataclass(frozen=True)
+class FoundAttention:
+    heads: HeadCounts
+    queries: tuple[Linear, ...]
+    keys_values: tuple[Linear, ...]
+    fused: tuple[FusedLinear, ...]
+    outputs: tuple[Linear, ...]
+    query_norms: tuple[QKNorm, ...]
+    key_norms: tuple[QKNorm, ...]
+    whole: tuple[str, ...]
+    """Modules with parameters of which each rank needs all."""
+    every: tuple[str, ...]
+    """All modules with parameters."""
+    query_counts: tuple[str, ...]
+    key_value_counts: tuple[str, ...]
+    group_sizes: tuple[str, ...]
+    draws: bool
+    """Its kernel has dropout inside."""
+    dropouts: Dropouts
+    class_name: str
+
+
+@dataclass(frozen=True)
+class FoundExperts:
+    router: tuple[str, ...]
+    """Modules with parameters in the router."""
+    expert: FoundMLP
+    shared: dict[str, FoundMLP]
+    dropouts: Dropouts
+    """Between the experts."""
+
+
+@dataclass(frozen=True)
+class FoundBlock:
+    norms: tuple[str, ...]
+    shared_norm: str | None
+    attention: FoundAttention
+    feed_forward: FoundMLP | None
+    experts: FoundExperts | None
+    dropouts: Dropouts
+    """Outside of attention and MLP."""
+
+
+@dataclass(frozen=True)
+class FoundTransformer:
+    blocks: dict[str, FoundBlock]
+    """By their full names, in their order."""
+    head: Linear
+    dropouts: Dropouts
+    """Outside of the blocks."""
+
+
+def inspect_transformer(architecture: Architecture, model: nn.Module) -> FoundTransformer:
+    """What the model has of what the architecture describes.
+
+    Raises:
+        ValueError: It lacks modules of the architecture.
+    """
+    _check_matches(architecture, model)
+    assert architecture.block is not None
+    inspector = _Inspector(architecture)
+    blocks = children(model, architecture.blocks)
+    return FoundTransformer(
+        blocks={name: inspector.block(architecture.block, module) for name, module in blocks.items()},
+        head=inspector.linear(model, architecture.head),
+        dropouts=inspector.dropouts(model).outside(architecture.blocks),
+    )
+
+
+def inspect_feed_forwards(architecture: Architecture, model: nn.Module) -> tuple[dict[str, FoundMLP], Dropouts]:
+    """The MLPs anywhere in the model by their full names, and the model's dropouts.
+
+    Raises:
+        ValueError: There are none.
+    """
+    _check_matches(architecture, model)
+    assert architecture.feed_forward is not None
+    inspector = _Inspector(architecture)
+    names = find_feed_forwards(architecture.feed_forward, model)
+    found = {name: inspector.mlp(architecture.feed_forward, model.get_submodule(name)) for name in names}
+    return found, inspector.dropouts(model)
+
+
+def join(*names: str) -> str:
+    return ".".join(filter(None, names))
+
+
+class _Inspector:
+    """Questions to modules; the architecture says what adapters and norms call their things."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        self.architecture = architecture
+
+    def block(self, block: Block, module: nn.Module) -> FoundBlock:
+        experts = block.experts
+        has_experts = experts is not None and has(module, join(experts.name, experts.router))
+        inner = [block.attention.name, block.feed_forward.name, *([experts.name] if experts else [])]
+        return FoundBlock(
+            norms=tuple(name for name in block.norms if _has_parameters(module, name)),
+            shared_norm=block.shared_norm(module) if block.shared_norm else None,
+            attention=self.attention(block.attention, module.get_submodule(block.attention.name)),
+            feed_forward=None if has_experts else self.mlp(block.feed_forward, _child(module, block.feed_forward.name)),
+            experts=self.experts(experts, block.feed_forward, module) if has_experts and experts else None,
+            dropouts=self.dropouts(module).outside(*inner),
+        )
+
+    def attention(self, attention: Attention, module: nn.Module) -> FoundAttention:
+        names = (*attention.whole,)
+        return FoundAttention(
+            heads=attention.counts(module),
+            queries=self.linears(module, attention.queries),
+            keys_values=self.linears(module, attention.keys_values),
+            fused=tuple(self.fused(attention, module, name) for name in _present(module, attention.fused)),
+            outputs=self.linears(module, attention.outputs),
+            query_norms=tuple(self.qk_norm(module, name) for name in _present(module, attention.query_norms)),
+            key_norms=tuple(self.qk_norm(module, name) for name in _present(module, attention.key_norms)),
+            whole=tuple(path for name in _present(module, names) for path in _holders(module, name)),
+            every=tuple(path for name, _ in module.named_children() for path in _holders(module, name)),
+            query_counts=_existing(module, attention.query_counts),
+            key_value_counts=_existing(module, attention.key_value_counts),
+            group_sizes=_existing(module, attention.group_sizes),
+            draws=any(_is_positive(getattr(module, name, 0.0)) for name in attention.dropout_rates),
+            dropouts=self.dropouts(module),
+            class_name=type(module).__name__,
+        )
+
+    def mlp(self, feed_forward: FeedForward, module: nn.Module) -> FoundMLP:
+        return FoundMLP(
+            inputs=self.linears(module, feed_forward.inputs),
+            fused=tuple(self.fused(feed_forward, module, name) for name in _present(module, feed_forward.fused)),
+            outputs=self.linears(module, feed_forward.outputs),
+            dropouts=self.dropouts(module),
+            class_name=type(module).__name__,
+        )
+
+    def experts(self, experts: Experts, feed_forward: FeedForward, block: nn.Module) -> FoundExperts:
+        module = block.get_submodule(experts.name)
+        return FoundExperts(
+            router=_holders(module, experts.router),
+            expert=self.mlp(feed_forward, module.get_submodule(join(experts.experts, "0"))),
+            shared={
+                name: self.mlp(feed_forward, module.get_submodule(name)) for name in _present(module, experts.shared)
+            },
+            dropouts=self.dropouts(module).outside(experts.experts, *experts.shared),
+        )
+
+    def linears(self, module: nn.Module, names: Iterable[str]) -> tuple[Linear, ...]:
+        return tuple(self.linear(module, name) for name in _present(module, names))
+
+    def linear(self, module: nn.Module, name: str) -> Linear:
+        base = self.base(module, name)
+        layer = module.get_submodule(base or name)
+        return Linear(name, getattr(layer, "in_features", 0), getattr(layer, "out_features", 0), base)
+
+    def fused(self, owner: Attention | FeedForward, module: nn.Module, name: str) -> FusedLinear:
+        described, base = owner.fused[name], self.base(module, name)
+        adapted = owner.adapted if isinstance(owner, Attention) else None
+        changed = adapted.changed(module.get_submodule(name)) if adapted and base else ()
+        return FusedLinear(name, dict(described.parts(module)), described.layout, base, changed)
+
+    def base(self, module: nn.Module, name: str) -> str | None:
+        path = join(name, self.architecture.adapter_base)
+        return path if has(module, path) else None
+
+    def qk_norm(self, module: nn.Module, name: str) -> QKNorm:
+        norm = module.get_submodule(name)
+        features = next(norm.parameters()).numel()
+        epsilons = [getattr(norm, attribute, None) for attribute in self.architecture.norm_epsilons]
+        epsilon = next((each for each in epsilons if each is not None), None)
+        return QKNorm(name, features, epsilon, bool(getattr(norm, self.architecture.norm_unit_offset, False)))
+
+    def dropouts(self, module: nn.Module) -> Dropouts:
+        rates = {name: float(each.p) for name, each in module.named_modules() if is_dropout(each)}  # type: ignore[arg-type]
+        return Dropouts(rates, frozenset(n for n in rates if "." in n and self.base(module, n.rpartition(".")[0])))
+
+
+def _check_matches(architecture: Architecture, model: nn.Module) -> None:
+    if not architecture.matches(model):
+        raise ValueError(
+            f"The model is a {type(model).__name__} and not {architecture.description}. fabric_tp.auto() recognises the"
+            " architecture; fabric_tp.from_plan() takes a plan of yours for any other model."
+        )
+
+
+def _child(module: nn.Module, name: str) -> nn.Module:
+    if not has(module, name):
+        held = ", ".join(child for child, _ in module.named_children())
+        raise ValueError(f"A {type(module).__name__} has no {name!r}; it has {held}.")
+    return module.get_submodule(name)
+
+
+def _is_within(path: str, name: str) -> bool:
+    return bool(name) and (path == name or path.startswith(f"{name}."))
+
+
+def _is_positive(rate: object) -> bool:
+    return isinstance(rate, float) and rate > 0
+
+
+def _present(module: nn.Module, names: Iterable[str]) -> list[str]:
+    return [name for name in names if _has_parameters(module, name)]
+
+
+def _has_parameters(module: nn.Module, name: str) -> bool:
+    """Where a model has no norm it may have an ``nn.Identity``, or one without parameters."""
+    return has(module, name) and any(True for _ in module.get_submodule(name).parameters())
+
+
+def _holders(module: nn.Module, name: str) -> tuple[str, ...]:
+    """Paths of the modules within this child, itself included, that own parameters."""
+    within = module.get_submodule(name).named_modules()
+    return tuple(join(name, path) for path, owner in within if any(True for _ in owner.parameters(recurse=False)))
+
+
+def _existing(module: nn.Module, paths: tuple[str, ...]) -> tuple[str, ...]:
+    """The paths to attributes that hold a number."""
+    return tuple(path for path in paths if isinstance(_attribute(module, path), int))
+
+
+def _attribute(module: nn.Module, path: str) -> object:
+    value: object = module
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value

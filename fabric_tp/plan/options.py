@@ -1,0 +1,33 @@
+"""The options that decide how a transformer is split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fabric_tp.autograd.collectives import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerOptions:
+    """How a transformer is split, whatever its architecture."""
+
+    sequence_parallel: bool = True
+    """Norms and residuals hold only this rank's part of the sequence. The same bytes on the wire, less memory; the
+    sequence length must be a multiple of the number of ranks."""
+    regather: bool = True
+    """With ``sequence_parallel``, keep only this rank's part of what is gathered before attention, MLP and head, and
+    gather it again in the backward, beside the gradient of the input: two more gathers a layer, and ``4 s b h`` bytes
+    less in 16 bits. Activation checkpointing gathers again anyway, and so does what it does."""
+    loss_parallel: bool = True
+    """Logits stay sharded over the vocabulary, for :func:`fabric_tp.cross_entropy`. Otherwise every rank gets all of
+    them."""
+    fused_loss: bool = False
+    """The head leaves the logits to :func:`fabric_tp.cross_entropy`, which computes them a chunk at a time together
+    with the loss, so that they are never whole. Anything else that looks at them gets them."""
+    replicate_attention: bool = False
+    """Every rank computes the whole attention, for models whose heads cannot be divided; everything else is sharded."""
+
+    @property
+    def layout(self) -> Layout:
+        """Of the activations between the sharded parts."""
+        return "sequence" if self.sequence_parallel else "replicate"

@@ -1,0 +1,108 @@
+"""Which heads a rank computes, and the attention module that computes with them."""
+
+from __future__ import annotations
+
+import copy
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fabric_tp.autograd.collectives import Group, Layout
+from fabric_tp.styles.prepare_input import PrepareInput
+from fabric_tp.styles.style import Parallelized
+
+HEADS = "query heads"
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Query heads and the key and value heads that groups of them share, over the tensor-parallel ranks.
+
+    Query heads are split evenly and in order. Key and value heads are split too if the number of ranks divides theirs.
+    Otherwise each rank takes those that its query heads need: each as often as it takes for all groups on the rank to
+    have the same size, which is once unless groups straddle ranks.
+    """
+
+    query: int
+    key_value: int
+
+    def splits_key_value(self, size: int) -> bool:
+        return self.key_value % size == 0
+
+    def local_query(self, size: int) -> int:
+        return self.query // size
+
+    def group_size(self, size: int) -> int:
+        """Query heads to each key and value head on a rank."""
+        per_group = self.query // self.key_value
+        return per_group if self.splits_key_value(size) else math.gcd(per_group, self.local_query(size))
+
+    def local_key_value(self, size: int) -> int:
+        return self.local_query(size) // self.group_size(size)
+
+    def key_value_heads(self, size: int, rank: int) -> list[int]:
+        """The key and value heads of a rank, in the order in which its query heads need them."""
+        first = rank * self.local_query(size)
+        starts = range(first, first + self.local_query(size), self.group_size(size))
+        return [start // (self.query // self.key_value) for start in starts]
+
+    def select(self, rows: Tensor, group: Group) -> Tensor:
+        """The rows of this rank's key and value heads, of the rows of all."""
+        chosen = self.key_value_heads(group.size, group.rank)
+        by_head = rows.unflatten(0, (self.key_value, -1))
+        if chosen == list(range(chosen[0], chosen[-1] + 1)):
+            return by_head[chosen[0] : chosen[-1] + 1].flatten(0, 1)
+        return by_head[torch.tensor(chosen, device=rows.device)].flatten(0, 1)
+
+
+class ShardHeads(PrepareInput):
+    """An attention module that computes with this rank's heads only.
+
+    Args:
+        heads: Of the module. The number of ranks must divide the query heads.
+        input_layout: As in :class:`PrepareInput`.
+        query_counts: The attributes that count query heads, as paths from the module (``"n_heads"``,
+            ``"config.n_head"``). An object on the way, such as a shared config, is copied and never changed.
+        key_value_counts: The attributes that count key and value heads.
+        group_sizes: The attributes that count query heads to each key and value head.
+        regather: As in :class:`Colwise`.
+    """
+
+    def __init__(
+        self,
+        heads: Heads,
+        input_layout: Layout | None = "replicate",
+        *,
+        query_counts: Sequence[str] = (),
+        key_value_counts: Sequence[str] = (),
+        group_sizes: Sequence[str] = (),
+        regather: bool = True,
+    ) -> None:
+        super().__init__(input_layout, regather=regather)
+        self.heads = heads
+        self.query_counts, self.key_value_counts, self.group_sizes = query_counts, key_value_counts, group_sizes
+
+    def divided(self, module: nn.Module) -> Mapping[str, int]:
+        return {HEADS: self.heads.query}
+
+    def prepare(self, module: nn.Module, this: Parallelized) -> None:
+        size = this.group.size
+        local = dict.fromkeys(self.query_counts, self.heads.local_query(size))
+        local |= dict.fromkeys(self.key_value_counts, self.heads.local_key_value(size))
+        local |= dict.fromkeys(self.group_sizes, self.heads.group_size(size))
+        set_attributes(module, local)
+
+
+def set_attributes(module: nn.Module, values: Mapping[str, object]) -> None:
+    """Set attributes by path; what holds them, other than the module, is copied first."""
+    for owner in sorted({path.rpartition(".")[0] for path in values} - {""}):
+        parent, _, name = owner.rpartition(".")
+        holder = operator.attrgetter(parent)(module) if parent else module
+        setattr(holder, name, copy.copy(getattr(holder, name)))
+    for path, value in values.items():
+        owner, _, name = path.rpartition(".")
+        setattr(operator.attrgetter(owner)(module) if owner else module, name, value)

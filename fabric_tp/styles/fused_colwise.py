@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+
+from fabric_tp.autograd.collectives import Group, Layout
+from fabric_tp.autograd.linear import linear
+from fabric_tp.styles.attention_heads import Heads
+from fabric_tp.styles.colwise import Colwise
+from fabric_tp.styles.style import LocalModule, Parallelized, distribute_parameter, own_parameters
+
+
+class FusedModule(LocalModule):
+    """Holds the parts of some of its parameters as children, which have the name of the part."""
+
+    parallelized: Parallelized[FusedColwise]
+
+    def fused_names(self) -> list[str]:
+        """Names of the parameters that are held in parts, as the unparallelized module has them."""
+        first = next(iter(self.parallelized.style.parts))
+        return [name for name, _ in self.get_submodule(first).named_parameters(recurse=False)]
+
+    def part_names(self, name: str) -> list[str]:
+        return [f"{part}.{name}" for part in self.parallelized.style.parts]
+
+    def holders(self) -> dict[str, nn.Module]:
+        return super().holders() | {f"{part}.": self.get_submodule(part) for part in self.parallelized.style.parts}
+
+    def localize(self, name: str, local: Tensor) -> Tensor:
+        heads = self.parallelized.style.shared.get(name.split(".")[0])
+        return heads.select(local, self.parallelized.group) if heads else local
+
+    def local_parts(self, name: str) -> list[Tensor]:
+        """What this rank computes with of each part, in the forward."""
+        return [getattr(self.get_submodule(part), name) for part in self.parallelized.style.parts]
+
+
+class _FusedLinear(FusedModule):
+    """The parts' local rows, put together, make one matrix product."""
+
+    def compute(self, x: Tensor) -> Tensor:
+        parts = {name: self.local_parts(name) for name in self.fused_names()}
+        return linear(x, parts["weight"], parts.get("bias", ()))
+
+
+class FusedColwise(Colwise):
+    """A linear layer whose output features are several blocks, one after the other, each split by itself.
+
+    litgpt's ``attn.qkv`` is [Q; K; V]. A contiguous split of its rows would give rank 0 nothing but queries, and no
+    DTensor placement means "this rank's rows of three unequal blocks". So the layer is stored as its parts
+    (``qkv.q.weight``, ...), each an ordinary DTensor, and computed as one.
+
+    Args:
+        parts: Rows of each part of the whole layer, in their order.
+        input_layout: As in :class:`Colwise`.
+        shared: Parts that are keys or values of fewer heads than there are ranks; as in :class:`SharedHeads`, they are
+            whole on every rank.
+        regather: As in :class:`Colwise`.
+    """
+
+    module_class: ClassVar[type[LocalModule]] = _FusedLinear
+
+    def __init__(
+        self,
+        parts: Mapping[str, int],
+        input_layout: Layout | None = "replicate",
+        *,
+        shared: Mapping[str, Heads] | None = None,
+        regather: bool = True,
+    ) -> None:
+        super().__init__(input_layout, regather=regather)
+        self.parts = dict(parts)
+        self.shared = dict(shared or {})
+
+    def fused(self, module: nn.Module) -> list[str]:
+        """Names of the module's own parameters that are to be held in parts."""
+        return list(own_parameters(module))
+
+    def validate(self, module: nn.Module) -> None:
+        if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+            raise ValueError(f"FusedColwise takes a torch.nn.Linear, and this is a {type(module).__name__}.")
+        if sum(self.parts.values()) != module.weight.shape[0]:
+            raise ValueError(f"The parts {self.parts} do not add up to the {module.weight.shape[0]} output features.")
+
+    def divided(self, module: nn.Module) -> Mapping[str, int]:
+        return {part: rows for part, rows in self.parts.items() if part not in self.shared}
+
+    def placements(self, module: nn.Module) -> Mapping[str, Placement]:
+        return {f"{part}.{name}": self.part_placement(part) for part in self.parts for name in self.fused(module)}
+
+    def shapes(self, module: nn.Module) -> Mapping[str, torch.Size]:
+        rest = {name: module.get_parameter(name).shape[1:] for name in self.fused(module)}
+        return {f"{part}.{name}": torch.Size((rows, *rest[name])) for part, rows in self.parts.items() for name in rest}
+
+    def covers(self, module: nn.Module) -> frozenset[str]:
+        return frozenset(self.fused(module))
+
+    def part_placement(self, part: str) -> Placement:
+        return Replicate() if part in self.shared else Shard(0)
+
+    def local_rows(self, group: Group) -> dict[str, int]:
+        """Rows of each part that a rank computes."""
+        rows = {part: whole // group.size for part, whole in self.parts.items()}
+        for part, heads in self.shared.items():
+            rows[part] = self.parts[part] // heads.key_value * heads.local_key_value(group.size)
+        return rows
+
+    def partial(self, module: nn.Module) -> frozenset[str]:
+        return frozenset(f"{part}.{name}" for part in self.shared for name in self.fused(module))
+
+    def prepare(self, module: nn.Module, this: Parallelized) -> None:
+        module.out_features = sum(self.local_rows(this.group).values())  # type: ignore[assignment]
+
+    def shard(self, module: nn.Module, mesh: DeviceMesh) -> None:
+        fused = self.fused(module)
+        if not fused:
+            return
+        for part in self.parts:
+            module.register_module(part, nn.Module())
+        for name in fused:
+            whole = module.get_parameter(name)
+            for part, rows in zip(self.parts, whole.detach().split(list(self.parts.values())), strict=True):
+                parameter = nn.Parameter(rows, requires_grad=whole.requires_grad)
+                module.get_submodule(part).register_parameter(
+                    name, distribute_parameter(parameter, self.part_placement(part), mesh)
+                )
+            del module._parameters[name]
+
+
+def fused_parameters(model: nn.Module) -> dict[str, str]:
+    """Name of each part of a fused parameter, with the name of the whole; parts in their order."""
+    return {
+        f"{path}.{part}": f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, FusedModule)
+        for name in module.fused_names()
+        for part in module.part_names(name)
+    }

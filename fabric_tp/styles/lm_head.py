@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from fabric_tp.autograd.collectives import Layout, gather_replicated
+from fabric_tp.loss.deferred import DeferredLogits, Head, autocast
+from fabric_tp.styles.colwise import Colwise
+from fabric_tp.styles.layout import enter_sharded
+from fabric_tp.styles.style import LocalModule, Parallelized
+
+
+class _LMHead(LocalModule):
+    parallelized: Parallelized[LMHead]
+
+    def compute(self, x: Tensor) -> Tensor:
+        this, style = self.parallelized, self.parallelized.style
+        if not style.fused_loss:
+            return super().compute(x)
+
+        def logits(head: Head, rows: Tensor | None) -> Tensor:
+            x = enter_sharded(this, head.hidden, head.layout)
+            if rows is not None:
+                x = x.flatten(0, -2)[rows]
+            return style.sharded(this, F.linear(x, head.weight, head.bias))
+
+        hidden, weight, bias = (autocast(tensor) for tensor in (x, self.weight, self.bias))
+        layout = style.input_layout
+        assert layout
+        return DeferredLogits.of(
+            Head(hidden=hidden, weight=weight, bias=bias, group=this.group, layout=layout, compute=logits)
+        )
+
+
+class LMHead(Colwise):
+    """The last linear layer, split by rows of the vocabulary.
+
+    Args:
+        loss_parallel: ``True``: the logits stay sharded, as a DTensor ``Shard(-1)``, for
+            :func:`fabric_tp.cross_entropy` or torch's ``loss_parallel()``. ``False``: every rank gets all of them.
+        fused_loss: The logits are left to :func:`fabric_tp.cross_entropy`, which computes them a chunk at a time
+            (:func:`fabric_tp.linear_cross_entropy`); whatever else looks at them gets them as ``loss_parallel`` says.
+        input_layout: As in :class:`Colwise`.
+        regather: As in :class:`Colwise`.
+
+    =============  ========================  ==========================  ==============
+    loss_parallel  logits                    forward                     backward
+    =============  ========================  ==========================  ==============
+    ``True``       DTensor (b, s, v), v/t    (all-gather)                all-reduce or
+                   on each rank                                          reduce-scatter
+    ``False``      (b, s, v)                 (all-gather,) all-gather    the same
+    =============  ========================  ==========================  ==============
+
+    With ``fused_loss`` the same collectives, but those of the backward too, are part of the loss.
+    """
+
+    module_class = _LMHead
+
+    def __init__(
+        self,
+        input_layout: Layout | None = "replicate",
+        *,
+        loss_parallel: bool = True,
+        fused_loss: bool = False,
+        regather: bool = True,
+    ) -> None:
+        super().__init__(input_layout, regather=regather)
+        self.loss_parallel = loss_parallel
+        self.fused_loss = fused_loss
+
+    def validate(self, module: nn.Module) -> None:
+        plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        if self.fused_loss and (not plain or self.input_layout is None):
+            raise ValueError(
+                "fused_loss=True needs a head that is a torch.nn.Linear, with the forward of that class, and takes its"
+                f" input as it comes, and this is a {type(module).__name__} with input_layout={self.input_layout!r}."
+                " Use fused_loss=False."
+            )
+
+    def enter(self, this: Parallelized, x: Tensor) -> Tensor:
+        return x if self.fused_loss else super().enter(this, x)
+
+    def leave(self, this: Parallelized, y: Tensor) -> Tensor:
+        return y if self.fused_loss else self.sharded(this, y)
+
+    def sharded(self, this: Parallelized, y: Tensor) -> Tensor:
+        """This rank's logits, as the model returns them."""
+        if self.loss_parallel:
+            return DTensor.from_local(y, this.mesh, [Shard(y.dim() - 1)], run_check=False)
+        return gather_replicated(y, this.group)
+
+    def collectives(self) -> tuple[str, str]:
+        forward, backward = super().collectives()
+        return (forward if self.loss_parallel else f"{forward} + all-gather".removeprefix(" + ")), backward

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from typing import Any
+
+from fabric_tp.autograd.collectives import Layout
+from fabric_tp.styles.layout import join, leave_sharded, leaving
+from fabric_tp.styles.prepare_input import PrepareInput
+from fabric_tp.styles.style import Parallelized
+
+
+class PrepareInputOutput(PrepareInput):
+    """A module that makes partial sums of its output in several places: the input as above, the output summed once.
+
+    Args:
+        input_layout: As in :class:`PrepareInput`.
+        output_layout: As in :class:`Rowwise`.
+        regather: As in :class:`Colwise`.
+    """
+
+    def __init__(
+        self,
+        input_layout: Layout | None = "replicate",
+        output_layout: Layout | None = "replicate",
+        *,
+        regather: bool = True,
+    ) -> None:
+        super().__init__(input_layout, regather=regather)
+        self.output_layout = output_layout
+
+    def leave(self, this: Parallelized, y: Any) -> Any:
+        return leave_sharded(this, y, self.output_layout)
+
+    def collectives(self) -> tuple[str, str]:
+        return join(super().collectives(), leaving(self.output_layout))

@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+from torch import Tensor
+
+from fabric_tp.autograd.collectives import scatter
+from fabric_tp.styles.style import Parallelized, Style
+
+
+class ScatterInput(Style):
+    """The first block of a model whose embedding leaves the whole sequence: each rank takes its part of it.
+
+    ===========  ============  ==============  ==============
+    x            inside        forward         backward
+    ===========  ============  ==============  ==============
+    (b, s, h)    (b, s/t, h)                   all-gather
+    ===========  ============  ==============  ==============
+    """
+
+    def enter(self, this: Parallelized, x: Tensor) -> Tensor:
+        return scatter(x, this.group)
+
+    def collectives(self) -> tuple[str, str]:
+        return "", "all-gather"

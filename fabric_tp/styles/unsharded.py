@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fabric_tp.autograd.collectives import SEQUENCE_DIM, Layout, gather_replicated, scatter
+from fabric_tp.styles.style import Parallelized, Style
+
+
+class Unsharded(Style):
+    """A module that every rank computes whole, among others that are sharded.
+
+    Args:
+        layout: How its input and output lie; it computes on the whole sequence in any case.
+
+    ===============  ===========  ============  ==============  ==============
+    layout           x, y         inside        forward         backward
+    ===============  ===========  ============  ==============  ==============
+    ``"replicate"``  (b, s, h)    (b, s, h)
+    ``"sequence"``   (b, s/t, h)  (b, s, h)     all-gather      all-gather
+    ===============  ===========  ============  ==============  ==============
+    """
+
+    def __init__(self, layout: Layout = "replicate") -> None:
+        self.layout = layout
+
+    def enter(self, this: Parallelized, x: Tensor) -> Tensor:
+        return gather_replicated(x, this.group, SEQUENCE_DIM) if self.layout == "sequence" else x
+
+    def leave(self, this: Parallelized, y: Any) -> Any:
+        if self.layout != "sequence":
+            return y
+        if isinstance(y, tuple):  # attention that returns its weights too
+            return (scatter(y[0], this.group), *y[1:])
+        return scatter(y, this.group)
+
+    def collectives(self) -> tuple[str, str]:
+        return ("all-gather", "all-gather") if self.layout == "sequence" else ("", "")

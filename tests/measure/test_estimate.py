@@ -1,0 +1,227 @@
+"""What is predicted on fake tensors is what real steps of real ranks need."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from litgpt import GPT
+from litgpt.utils import save_config
+from torch import nn
+
+import fabric_tp
+from fabric_tp.architectures.litgpt.config import load_config
+from fabric_tp.measure.estimation import Precision, estimate
+from fabric_tp.measure.fit import cheapest, fit, least_peak_by_layers
+from fabric_tp.measure.step import count_step, default_dtype, fake_mesh
+from fabric_tp.testing.ranks import mesh
+from tests.models import VOCABULARY, litgpt_config
+
+LENGTH, BATCH = 64, 2
+# Wide enough that tensors and not single numbers decide.
+WIDE = {"n_layer": 3, "n_embd": 128, "head_size": 16, "intermediate_size": 192}
+
+
+def real_step(
+    name: str, sizes: tuple[int, int], options: dict[str, Any], precision: Precision
+) -> tuple[int, dict, dict]:
+    """Peak and kinds of memory of a rank, and bytes that it sends by dimension of the mesh."""
+    options = {**options, **({"mixed_precision": "bf16-mixed"} if precision == "bf16-mixed" else {})}
+    model: nn.Module = GPT(litgpt_config(name, **WIDE))
+    if precision == "bf16-true":
+        model.to(torch.bfloat16)
+    model.reset_parameters()  # type: ignore[operator]
+    fabric_tp.litgpt(**options)(model, mesh(*sizes))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    tokens = torch.randint(VOCABULARY, (BATCH, LENGTH))
+    targets = tokens.clone()
+    # gloo's threads free what an asynchronous collective took when they get to it: a step may count that as well.
+    step, *others = (
+        count_step(
+            model,
+            optimizer,
+            lambda: model(tokens),
+            lambda logits: fabric_tp.cross_entropy(logits, targets),
+            mesh=mesh(*sizes),
+            batch=(tokens, targets),
+            head=model.get_submodule("lm_head"),
+        )
+        for _ in range(3)
+    )
+    most = {kind: min(most, *(other.memory.most[kind] for other in others)) for kind, most in step.memory.most.items()}
+    axes = {each.axis for each in step.collectives}
+    return (
+        min(each.memory.peak for each in (step, *others)),
+        most,
+        {axis: step.sent(axis) for axis in axes},
+    )
+
+
+CASES = [
+    ("Llama-3-8B", (1, 2), {}, "32-true"),
+    ("Llama-3-8B", (2, 2), {}, "bf16-true"),
+    ("pythia-14m", (1, 4), {"activation_checkpointing": "full"}, "32-true"),
+    ("falcon-40b", (2, 1), {"reshard_after_forward": False}, "32-true"),
+    ("phi-2", (1, 2), {"sequence_parallel": False, "loss_parallel": False}, "bf16-true"),
+    ("Llama-2-7b-hf", (2, 2), {"activation_checkpointing": "selective"}, "bf16-mixed"),
+]
+
+
+@pytest.mark.parametrize(("name", "sizes", "options", "precision"), CASES)
+def test_estimate_is_what_a_real_step_needs(pool, name, sizes, options, precision) -> None:
+    peak, most, sent = pool(sizes[0] * sizes[1])(real_step, name, sizes, options, precision)
+    estimated = estimated_step(name, sizes, options, precision)
+    assert estimated.memory.peak == pytest.approx(peak, rel=0.03)
+    for kind in ("parameters", "gradients", "optimizer state", "activations"):
+        assert estimated.memory.most[kind] == pytest.approx(most[kind], rel=0.03), kind
+    assert {axis: estimated.sent(axis) for axis in sent} == sent
+
+
+def estimated_step(name: str, sizes: tuple[int, int], options: dict[str, Any], precision: Precision = "32-true") -> Any:
+    return estimate(
+        litgpt_config(name, **WIDE),
+        fabric_tp.litgpt(**options),
+        data_parallel_size=sizes[0],
+        tensor_parallel_size=sizes[1],
+        micro_batch_size=BATCH,
+        precision=precision,
+    )
+
+
+def test_another_option_would_be_noticed(pool) -> None:
+    """The tolerance is far below what options make of it."""
+    peak, _, _ = pool(2)(real_step, "Llama-3-8B", (1, 2), {}, "32-true")
+    for option in ("lean", "sequence_parallel"):
+        assert estimated_step("Llama-3-8B", (1, 2), {option: False}).memory.peak > 1.05 * peak, option
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_estimate_is_what_a_gpu_allocates() -> None:
+    """One rank's real tensors, with collectives that go nowhere."""
+    length, sizes = 2048, {"data_parallel_size": 1, "tensor_parallel_size": 4}
+    with fake_mesh(1, 4, "cuda") as cuda_mesh:
+        with torch.device("meta"), default_dtype(torch.bfloat16):
+            model = GPT.from_name("Llama-3.2-1B")
+        model.max_seq_length = length
+        fabric_tp.litgpt()(model, cuda_mesh)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        tokens = torch.zeros(1, length, dtype=torch.int64, device="cuda")
+        for _ in range(2):
+            torch.cuda.reset_peak_memory_stats()
+            fabric_tp.cross_entropy(model(tokens), tokens).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        allocated = torch.cuda.max_memory_allocated()
+    estimated = estimate("Llama-3.2-1B", sequence_length=length, **sizes)
+    assert estimated.memory.peak == pytest.approx(allocated, rel=0.10)
+
+
+def test_large_models_and_meshes_take_no_memory_and_no_processes() -> None:
+    """Parameters, gradients and AdamW's state of 70 billion parameters on 512 ranks, by hand."""
+    config = load_config("Llama-3-70B")
+    config.n_layer = 4
+    found = estimate(config, tensor_parallel_size=8, data_parallel_size=64, sequence_length=1024)
+    with torch.device("meta"):
+        numbers = sum(parameter.numel() for parameter in GPT(config).parameters())
+    for kind, each in (("parameters", 2), ("gradients", 2), ("optimizer state", 4)):
+        assert found.memory.most[kind] == pytest.approx(each * numbers / 512, rel=0.01), kind
+        assert found.least[kind] == pytest.approx(each * numbers / 512, rel=1e-6), kind
+
+
+def test_experts_get_equal_shares() -> None:
+    config = litgpt_config("Mixtral-8x7B-v0.1", **WIDE)
+    found = estimate(config, tensor_parallel_size=2, micro_batch_size=BATCH, precision="32-true")
+    assert found.memory.most["activations"] > found.least["activations"]
+
+
+def test_leaves_no_trace() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    estimated_step("pythia-14m", (2, 2), {})
+    assert torch.rand(1) == expected
+    assert not dist.is_initialized()
+    assert torch.get_default_dtype() == torch.float32
+    estimated_step("pythia-14m", (1, 2), {})  # and again, with another mesh
+
+
+def estimate_beside_others() -> None:
+    estimated_step("pythia-14m", (1, 2), {})
+
+
+def test_leaves_the_process_group_of_others_alone(pool) -> None:
+    with pytest.raises(AssertionError, match=r"This process has a process group(.|\n)*fabric-tp estimate"):
+        pool(2)(estimate_beside_others)
+
+
+def test_the_config_of_others_stays_as_it_is() -> None:
+    config = litgpt_config("Llama-3-8B", **WIDE)
+    before = copy.deepcopy(config)
+    estimate(config, tensor_parallel_size=2)
+    assert config == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tensor_parallel_size": 3}, "the sizes that work"),
+        ({"tensor_parallel_size": 2, "sequence_length": 33}, "multiple of tensor_parallel_size=2"),
+        ({"data_parallel_size": 0}, "data_parallel_size=0"),
+        ({"precision": "16-true"}, "precision='16-true'"),
+    ],
+)
+def test_mistakes(arguments, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        estimate(litgpt_config("Llama-3-8B"), **arguments)
+
+
+def test_checkpoint_directory(tmp_path) -> None:
+    save_config(litgpt_config("Llama-3-8B"), tmp_path)
+    assert load_config(tmp_path) == litgpt_config("Llama-3-8B")
+
+
+def test_unknown_models_get_names_like_theirs() -> None:
+    with pytest.raises(ValueError, match="Llama-3-8B"):
+        load_config("Llama-3-7B")
+
+
+def test_table_and_json() -> None:
+    found = estimated_step("Llama-3-8B", (2, 2), {})
+    assert "collective buffers" in str(found)
+    assert "tensor parallel" in str(found)
+    assert json.loads(json.dumps(found.to_dict()))["peak"] == found.memory.peak
+
+
+def test_at_the_peak_kinds_add_up() -> None:
+    memory = estimated_step("Llama-3-8B", (2, 2), {}).memory
+    assert sum(memory.at_peak.values()) == memory.peak
+    assert memory.phase in ("forward", "head and loss", "backward", "clipping", "optimizer")
+
+
+def test_fit_takes_the_first_option_that_fits() -> None:
+    config, sizes = litgpt_config("Llama-3-8B", **WIDE, block_size=LENGTH), {"micro_batch_size": 16}
+    roomy = list(fit(config, memory=2**40, devices=4, **sizes))
+    assert [(each.data_parallel_size, each.tensor_parallel_size) for each in roomy] == [(4, 1), (2, 2), (1, 4)]
+    assert {each.parallelize.activation_checkpointing for each in roomy} == {"none"}
+    one_byte_less = list(fit(config, memory=roomy[-1].memory.peak - 1, devices=4, **sizes))
+    assert one_byte_less[-1].parallelize.activation_checkpointing != "none"
+
+
+def test_fewer_layers_bound_the_peak_from_below() -> None:
+    config = litgpt_config("Llama-3-8B", **{**WIDE, "n_layer": 12})
+    sizes = {"data_parallel_size": 2, "tensor_parallel_size": 2, "micro_batch_size": BATCH}
+    for checkpointing in ("none", "full"):
+        parallelize = fabric_tp.litgpt(activation_checkpointing=checkpointing)
+        whole = estimate(config, parallelize, **sizes).memory.peak
+        assert 0.9 * whole < least_peak_by_layers(config, parallelize, sizes) <= whole
+
+
+def test_cheapest_sends_the_fewest_bytes_for_a_token() -> None:
+    config = litgpt_config("Llama-3-8B", **WIDE)
+    found = [estimate(config, tensor_parallel_size=size, micro_batch_size=BATCH) for size in (4, 2, 1)]
+    assert [each.tensor_parallel_size for each in cheapest(found)] == [1, 2, 4]
