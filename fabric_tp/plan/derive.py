@@ -75,7 +75,7 @@ def derive_plan(
     plan |= _blocks(architecture.blocks, found.blocks, deriver)
     plan[architecture.norm] = Replicated(layout)
     if found.head.base:
-        head: LMHead = LowRankHead(layout, regather=options.regather, loss_parallel=options.loss_parallel)
+        head: LMHead = LowRankHead(layout, loss_parallel=options.loss_parallel)
     else:
         head = LMHead(
             layout, regather=options.regather, loss_parallel=options.loss_parallel, fused_loss=options.fused_loss

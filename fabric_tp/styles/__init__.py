@@ -1,4 +1,9 @@
-"""How one module is stored and computed on one tensor-parallel rank; each file is one style."""
+"""How one module is stored and computed on one tensor-parallel rank; each file is one style, and a README shows all.
+
+The tables in the docstrings give the shapes on one of t ranks (b samples, s tokens, h features between the layers, f
+within them, v tokens in the vocabulary, d features of a head), the collectives of forward and backward in their order,
+and what has a gradient that is a partial sum on each rank. Tests read them, and compare them with what runs.
+"""
 
 from fabric_tp.autograd.collectives import Layout
 from fabric_tp.styles.attention_heads import Heads, ShardHeads

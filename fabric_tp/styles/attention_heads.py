@@ -25,6 +25,15 @@ class Heads:
     Query heads are split evenly and in order. Key and value heads are split too if the number of ranks divides theirs.
     Otherwise each rank takes those that its query heads need: each as often as it takes for all groups on the rank to
     have the same size, which is once unless groups straddle ranks.
+
+    Args:
+        query: Query heads of the whole module.
+        key_value: Key and value heads of the whole module.
+
+    Example::
+
+        heads = Heads(query=8, key_value=2)
+        assert [heads.key_value_heads(4, rank) for rank in range(4)] == [[0], [0], [1], [1]]
     """
 
     query: int
@@ -70,6 +79,25 @@ class ShardHeads(PrepareInput):
         key_value_counts: The attributes that count key and value heads.
         group_sizes: The attributes that count query heads to each key and value head.
         regather: As in :class:`Colwise`.
+
+    ===============  ===========  =========  ==========  ==========================  ==========
+    input_layout     x            inside     forward     backward                    gradient
+    ===============  ===========  =========  ==========  ==========================  ==========
+    ``"replicate"``  (b, s, h)    (b, s, h)              all-reduce
+    ``"sequence"``   (b, s/t, h)  (b, s, h)  all-gather  all-gather, reduce-scatter
+    ``None``         (b, s, h)    (b, s, h)                                          partial: x
+    ===============  ===========  =========  ==========  ==========================  ==========
+
+    Raises:
+        ValueError: The number of ranks does not divide the query heads.
+
+    Example::
+
+        plan = {
+            "attention": ShardHeads(Heads(8, 8), query_counts=["n_heads"]),
+            "attention.qkv": FusedColwise({"q": 512, "k": 512, "v": 512}, None),
+            "attention.out": Rowwise(),
+        }
     """
 
     def __init__(

@@ -12,20 +12,29 @@ from fabric_tp.styles.style import Parallelized, Style, own_parameters
 
 
 class Colwise(Style):
-    """A linear layer split by output features.
+    """A linear layer split by output features: each rank has some rows of the weight, and makes those features.
 
     Args:
-        input_layout: ``None``: the input is whole already and a module around this one sums its gradient
-            (:class:`PrepareInput`). ``"replicate"`` or ``"sequence"``: this layer does that itself.
+        input_layout: How the input lies. ``"replicate"``: whole on every rank. ``"sequence"``: each rank has its part.
+            ``None``: it is whole, and a module around this one sums its gradient (:class:`PrepareInput`).
         regather: Of ``"sequence"``: keep the shard for the backward and gather it again there, beside the gradient of
             the input. Otherwise the gathered input is kept.
 
-    =================  ===============  ==========  =============  ============================
-    x                  weight           y           forward        backward
-    =================  ===============  ==========  =============  ============================
-    (b, s, h)          (f/t, h)         (b, s, f/t)                all-reduce
-    (b, s/t, h)        (f/t, h)         (b, s, f/t) all-gather     (all-gather,) reduce-scatter
-    =================  ===============  ==========  =============  ============================
+    ===============  =========  ===========  ========  ===========  ==========  ==========================  ==========
+    input_layout     regather   x            weight    y            forward     backward                    gradient
+    ===============  =========  ===========  ========  ===========  ==========  ==========================  ==========
+    ``"replicate"``  ``True``   (b, s, h)    (f/t, h)  (b, s, f/t)              all-reduce
+    ``"sequence"``   ``True``   (b, s/t, h)  (f/t, h)  (b, s, f/t)  all-gather  all-gather, reduce-scatter
+    ``"sequence"``   ``False``  (b, s/t, h)  (f/t, h)  (b, s, f/t)  all-gather  reduce-scatter
+    ``None``         ``True``   (b, s, h)    (f/t, h)  (b, s, f/t)                                          partial: x
+    ===============  =========  ===========  ========  ===========  ==========  ==========================  ==========
+
+    Raises:
+        ValueError: The number of ranks does not divide the output features.
+
+    Example::
+
+        plan = {"mlp.up": Colwise(), "mlp.down": Rowwise()}
     """
 
     def __init__(self, input_layout: Layout | None = "replicate", *, regather: bool = True) -> None:

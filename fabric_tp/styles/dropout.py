@@ -35,18 +35,29 @@ class Dropout(Style):
     batch, as in mixtures of experts, it depends on the data-parallel rank and the micro-batch too.
 
     Args:
-        layout: How the input lies.
+        layout: How the input lies. ``"replicate"``: whole on every rank. ``"sequence"``: each rank has its part.
+            ``"features"``: each rank has its features or, with four dimensions, its heads.
         reduced_features: With ``"features"``: an input with so many of them is what the row-wise layer of the same
             module made of the shards, and lies as ``reduced_layout``. For a module with one ``nn.Dropout`` for both.
         reduced_layout: As ``layout``.
 
-    ===============  =====================================================
-    layout           x, y
-    ===============  =====================================================
-    ``"replicate"``  (b, ...): the same on each rank
-    ``"sequence"``   (b, s/t, ...)
-    ``"features"``   (b, ..., f/t); with four dimensions (b, heads/t, ...)
-    ===============  =====================================================
+    ===============  ================  ===============  ==============  ==============  =======  ========
+    layout           reduced_features  reduced_layout   x               y               forward  backward
+    ===============  ================  ===============  ==============  ==============  =======  ========
+    ``"replicate"``  ``None``          ``"replicate"``  (b, s, h)       (b, s, h)
+    ``"sequence"``   ``None``          ``"replicate"``  (b, s/t, h)     (b, s/t, h)
+    ``"features"``   ``None``          ``"replicate"``  (b, s, f/t)     (b, s, f/t)
+    ``"features"``   ``None``          ``"replicate"``  (b, n/t, s, s)  (b, n/t, s, s)
+    ``"features"``   ``h``             ``"sequence"``   (b, s/t, h)     (b, s/t, h)
+    ===============  ================  ===============  ==============  ==============  =======  ========
+
+    Raises:
+        ValueError: The module is no ``nn.Dropout``, or the layout is not known; when it is called in training: nobody
+            told it the seed.
+
+    Example::
+
+        plan = {"mlp.up": Colwise(), "mlp.dropout": Dropout("features"), "mlp.down": Rowwise()}
     """
 
     module_class = _Dropout

@@ -62,6 +62,24 @@ class FusedColwise(Colwise):
         shared: Parts that are keys or values of fewer heads than there are ranks; as in :class:`SharedHeads`, they are
             whole on every rank.
         regather: As in :class:`Colwise`.
+
+    With f for the features of all parts together:
+
+    ===============  ===========  ========  ===========  ==========  ==========================  ==========
+    input_layout     x            weight    y            forward     backward                    gradient
+    ===============  ===========  ========  ===========  ==========  ==========================  ==========
+    ``"replicate"``  (b, s, h)    (f/t, h)  (b, s, f/t)              all-reduce
+    ``"sequence"``   (b, s/t, h)  (f/t, h)  (b, s, f/t)  all-gather  all-gather, reduce-scatter
+    ``None``         (b, s, h)    (f/t, h)  (b, s, f/t)                                          partial: x
+    ===============  ===========  ========  ===========  ==========  ==========================  ==========
+
+    Raises:
+        ValueError: The module is no ``nn.Linear``, or the parts are not its rows; the number of ranks does not divide
+            a part.
+
+    Example::
+
+        plan = {"attn.qkv": FusedColwise({"q": 4096, "k": 1024, "v": 1024}), "attn.proj": Rowwise()}
     """
 
     module_class: ClassVar[type[LocalModule]] = _FusedLinear

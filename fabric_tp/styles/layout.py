@@ -1,4 +1,18 @@
-"""Where activations pass from one layout to another: into a sharded computation and out of it."""
+"""Where activations pass from one layout to another: into a sharded computation and out of it.
+
+=================  ===============  ==============  ==============
+function           layout           forward         backward
+=================  ===============  ==============  ==============
+``enter_sharded``  ``"replicate"``                  all-reduce
+``enter_sharded``  ``"sequence"``   all-gather      reduce-scatter
+``enter_sharded``  ``None``
+``leave_sharded``  ``"replicate"``  all-reduce
+``leave_sharded``  ``"sequence"``   reduce-scatter  all-gather
+``leave_sharded``  ``None``
+=================  ===============  ==============  ==============
+
+With ``regather`` the backward also gathers the input again, if linear layers took it.
+"""
 
 from __future__ import annotations
 

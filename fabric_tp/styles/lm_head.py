@@ -36,23 +36,34 @@ class _LMHead(LocalModule):
 class LMHead(Colwise):
     """The last linear layer, split by rows of the vocabulary.
 
+    With ``fused_loss`` the collectives are the same, but those of forward and backward are part of the loss.
+
     Args:
-        loss_parallel: ``True``: the logits stay sharded, as a DTensor ``Shard(-1)``, for
+        input_layout: As in :class:`Colwise`.
+        loss_parallel: ``True``: the logits stay sharded, as a DTensor ``Shard(-1)`` of shape (b, s, v), for
             :func:`fabric_tp.cross_entropy` or torch's ``loss_parallel()``. ``False``: every rank gets all of them.
         fused_loss: The logits are left to :func:`fabric_tp.cross_entropy`, which computes them a chunk at a time
             (:func:`fabric_tp.linear_cross_entropy`); whatever else looks at them gets them as ``loss_parallel`` says.
-        input_layout: As in :class:`Colwise`.
         regather: As in :class:`Colwise`.
 
-    =============  ========================  ==========================  ==============
-    loss_parallel  logits                    forward                     backward
-    =============  ========================  ==========================  ==============
-    ``True``       DTensor (b, s, v), v/t    (all-gather)                all-reduce or
-                   on each rank                                          reduce-scatter
-    ``False``      (b, s, v)                 (all-gather,) all-gather    the same
-    =============  ========================  ==========================  ==============
+    ===============  =============  ===========  ========  ===========  ===========  ==============
+    input_layout     loss_parallel  x            weight    y            forward      backward
+    ===============  =============  ===========  ========  ===========  ===========  ==============
+    ``"replicate"``  ``True``       (b, s, h)    (v/t, h)  (b, s, v/t)               all-reduce
+    ``"replicate"``  ``False``      (b, s, h)    (v/t, h)  (b, s, v)    all-gather   all-reduce
+    ``"sequence"``   ``True``       (b, s/t, h)  (v/t, h)  (b, s, v/t)  all-gather   all-gather,
+                                                                                     reduce-scatter
+    ``"sequence"``   ``False``      (b, s/t, h)  (v/t, h)  (b, s, v)    all-gather,  all-gather,
+                                                                        all-gather   reduce-scatter
+    ===============  =============  ===========  ========  ===========  ===========  ==============
 
-    With ``fused_loss`` the same collectives, but those of the backward too, are part of the loss.
+    Raises:
+        ValueError: ``fused_loss`` for a head that is no ``nn.Linear``, or whose ``input_layout`` is None; the number of
+            ranks does not divide the vocabulary.
+
+    Example::
+
+        plan = {"norm": Replicated("sequence"), "lm_head": LMHead("sequence")}
     """
 
     module_class = _LMHead

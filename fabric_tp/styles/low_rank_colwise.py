@@ -1,13 +1,8 @@
 """Low-rank adapters (LoRA, Hu et al. 2021) around a linear layer: A and B are split as their base layer is.
 
-The base layer is a child with a style of its own, which leaves input and output to the adapter around it.
-
-==========  ============  ============  =========================================
-base        A             B             partial gradients
-==========  ============  ============  =========================================
-column-wise (r, h)        (f/t, r)      of A: each rank uses it for its own rows
-row-wise    (r, f/t)      (h, r)        of B: each rank feeds it a part of the sum
-==========  ============  ============  =========================================
+The base layer is a child with a style of its own, which leaves input and output to the adapter around it. One of A and
+B is whole on every rank, and its gradient partial: A around a column-wise layer, where each rank uses it for its own
+rows, and B around a row-wise one, where each rank feeds it a part of the sum.
 """
 
 from __future__ import annotations
@@ -18,6 +13,7 @@ from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
+from fabric_tp.autograd.collectives import Layout
 from fabric_tp.styles.colwise import Colwise
 from fabric_tp.styles.style import own_parameters
 
@@ -25,7 +21,31 @@ DOWN, UP = "lora_A", "lora_B"
 
 
 class LowRankColwise(Colwise):
-    """Around a :class:`Colwise` layer."""
+    """A low-rank adapter around a :class:`Colwise` layer; each rank uses all of A for its own rows of B.
+
+    The adapter keeps the gathered input for the gradient of A, so that nothing is gathered again in the backward.
+
+    Args:
+        input_layout: As in :class:`Colwise`.
+
+    ===============  ===========  ======  ========  ===========  ==========  ==============  ==================
+    input_layout     x            lora_A  lora_B    y            forward     backward        gradient
+    ===============  ===========  ======  ========  ===========  ==========  ==============  ==================
+    ``"replicate"``  (b, s, h)    (r, h)  (f/t, r)  (b, s, f/t)              all-reduce      partial: lora_A
+    ``"sequence"``   (b, s/t, h)  (r, h)  (f/t, r)  (b, s, f/t)  all-gather  reduce-scatter  partial: lora_A
+    ``None``         (b, s, h)    (r, h)  (f/t, r)  (b, s, f/t)                              partial: x, lora_A
+    ===============  ===========  ======  ========  ===========  ==========  ==============  ==================
+
+    Raises:
+        ValueError: The number of ranks does not divide the output features.
+
+    Example::
+
+        plan = {"mlp.up": LowRankColwise(), "mlp.up.linear": Colwise(None)}
+    """
+
+    def __init__(self, input_layout: Layout | None = "replicate") -> None:
+        super().__init__(input_layout, regather=False)
 
     def placements(self, module: nn.Module) -> Mapping[str, Placement]:
         return low_rank_placements(module, down=Replicate(), up=Shard(0))

@@ -27,7 +27,7 @@ class _LowRankFused(FusedModule):
 
 
 class LowRankFused(FusedColwise):
-    """Around a :class:`FusedColwise` layer: the rows of B are those of the parts that the adapter changes.
+    """A low-rank adapter around a :class:`FusedColwise` layer: B's rows are those of the parts that it changes.
 
     Args:
         base: The style of the layer.
@@ -37,6 +37,22 @@ class LowRankFused(FusedColwise):
         key_value_counts: Attributes that count key and value heads.
         row_counts: Attributes that list the rows of B of each part.
         row_indices: Buffers that hold the output features that the adapter changes.
+
+    With f for the features of all parts together, and all of them changed:
+
+    =========  ======  ========  ===========  =======  ========  ==================
+    x          lora_A  lora_B    y            forward  backward  gradient
+    =========  ======  ========  ===========  =======  ========  ==================
+    (b, s, h)  (r, h)  (f/t, r)  (b, s, f/t)                     partial: x, lora_A
+    =========  ======  ========  ===========  =======  ========  ==================
+
+    Raises:
+        ValueError: The changed parts are not the rows of B; or the number of ranks does not divide one of them.
+
+    Example::
+
+        qkv = FusedColwise({"q": 4096, "k": 1024, "v": 1024}, None)
+        plan = {"attn.qkv": LowRankFused(qkv, ("q", "v"), Heads(32, 8)), "attn.qkv.linear": qkv}
     """
 
     module_class = _LowRankFused
@@ -54,7 +70,7 @@ class LowRankFused(FusedColwise):
     ) -> None:
         parts = {part: rows for part, rows in base.parts.items() if part in changed}
         super().__init__(parts, None, shared={p: h for p, h in base.shared.items() if p in changed})
-        self.base, self.heads = base, heads
+        self.base, self.changed, self.heads = base, changed, heads
         self.query_counts, self.key_value_counts = query_counts, key_value_counts
         self.row_counts, self.row_indices = row_counts, row_indices
 

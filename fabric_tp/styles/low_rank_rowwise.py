@@ -13,7 +13,28 @@ from fabric_tp.styles.style import Parallelized, Style, own_parameters
 
 
 class LowRankRowwise(Style):
-    """Around a :class:`Rowwise` layer with ``output_layout=None``: one reduction for base and adapter together."""
+    """A low-rank adapter around a :class:`Rowwise` layer: one reduction for both, and B is fed a part of the sum.
+
+    The layer leaves a partial sum (``Rowwise(None)``).
+
+    Args:
+        output_layout: As in :class:`Rowwise`.
+
+    ===============  ===========  ========  ======  =================  ==============  ==========  ===============
+    output_layout    x            lora_A    lora_B  y                  forward         backward    gradient
+    ===============  ===========  ========  ======  =================  ==============  ==========  ===============
+    ``"replicate"``  (b, s, f/t)  (r, f/t)  (h, r)  (b, s, h)          all-reduce                  partial: lora_B
+    ``"sequence"``   (b, s, f/t)  (r, f/t)  (h, r)  (b, s/t, h)        reduce-scatter  all-gather  partial: lora_B
+    ``None``         (b, s, f/t)  (r, f/t)  (h, r)  (b, s, h) partial                              partial: lora_B
+    ===============  ===========  ========  ======  =================  ==============  ==========  ===============
+
+    Raises:
+        ValueError: The number of ranks does not divide the input features or, for ``"sequence"``, the sequence length.
+
+    Example::
+
+        plan = {"mlp.down": LowRankRowwise(), "mlp.down.linear": Rowwise(None)}
+    """
 
     def __init__(self, output_layout: Layout | None = "replicate") -> None:
         self.output_layout = output_layout

@@ -33,13 +33,21 @@ class ParallelResidual(Style):
         layout: How input and output of the block lie.
         regather: As in :class:`Colwise`.
 
-    ===============  ===========  =================  ==================  ==================
-    layout           x, y         inside             forward             backward
-    ===============  ===========  =================  ==================  ==================
-    ``"replicate"``  (b, s, h)    (b, s, h)          all-reduce          all-reduce
-    ``"sequence"``   (b, s/t, h)  (b, s, h)          all-gather,         reduce-scatter,
-                                                     reduce-scatter      (twice) all-gather
-    ===============  ===========  =================  ==================  ==================
+    ===============  ===========  =========  ===========  ==============  =======================
+    layout           x            inside     y            forward         backward
+    ===============  ===========  =========  ===========  ==============  =======================
+    ``"replicate"``  (b, s, h)    (b, s, h)  (b, s, h)    all-reduce      all-reduce
+    ``"sequence"``   (b, s/t, h)  (b, s, h)  (b, s/t, h)  all-gather,     all-gather, all-gather,
+                                                          reduce-scatter  reduce-scatter
+    ===============  ===========  =========  ===========  ==============  =======================
+
+    Raises:
+        AttributeError: The block has no module of such a name.
+        ValueError: For ``"sequence"``, the number of ranks does not divide the sequence length.
+
+    Example::
+
+        plan = {"layers.*": ParallelResidual("norm", "attention", "mlp"), "layers.*.mlp.down": Rowwise(None)}
     """
 
     module_class = _ParallelResidualBlock

@@ -11,15 +11,22 @@ class PrepareInput(Style):
     """A module whose column-wise layers share one input: it is gathered once, and its gradient is summed once.
 
     Args:
-        input_layout: ``"replicate"`` or ``"sequence"``, how the first argument of the module's forward lies.
+        input_layout: How the first argument of the module's forward lies. ``"replicate"``: whole on every rank.
+            ``"sequence"``: each rank has its part. ``None``: whole, and a module around this one sums its gradient.
         regather: As in :class:`Colwise`.
 
-    ==============  ===========  ============  ==============  ============================
-    input_layout    x            inside        forward         backward
-    ==============  ===========  ============  ==============  ============================
-    ``"replicate"`` (b, s, h)    (b, s, h)                     all-reduce
-    ``"sequence"``  (b, s/t, h)  (b, s, h)     all-gather      (all-gather,) reduce-scatter
-    ==============  ===========  ============  ==============  ============================
+    ===============  =========  ===========  =========  ==========  ==========================  ==========
+    input_layout     regather   x            inside     forward     backward                    gradient
+    ===============  =========  ===========  =========  ==========  ==========================  ==========
+    ``"replicate"``  ``True``   (b, s, h)    (b, s, h)              all-reduce
+    ``"sequence"``   ``True``   (b, s/t, h)  (b, s, h)  all-gather  all-gather, reduce-scatter
+    ``"sequence"``   ``False``  (b, s/t, h)  (b, s, h)  all-gather  reduce-scatter
+    ``None``         ``True``   (b, s, h)    (b, s, h)                                          partial: x
+    ===============  =========  ===========  =========  ==========  ==========================  ==========
+
+    Example::
+
+        plan = {"mlp": PrepareInput("sequence"), "mlp.up": Colwise(None), "mlp.gate": Colwise(None)}
     """
 
     def __init__(self, input_layout: Layout | None = "replicate", *, regather: bool = True) -> None:

@@ -15,6 +15,25 @@ class PrepareInputOutput(PrepareInput):
         input_layout: As in :class:`PrepareInput`.
         output_layout: As in :class:`Rowwise`.
         regather: As in :class:`Colwise`.
+
+    ===============  ===============  ===========  =========  ===========  ==============  =======================
+    input_layout     output_layout    x            inside     y            forward         backward
+    ===============  ===============  ===========  =========  ===========  ==============  =======================
+    ``"replicate"``  ``"replicate"``  (b, s, h)    (b, s, h)  (b, s, h)    all-reduce      all-reduce
+    ``"sequence"``   ``"sequence"``   (b, s/t, h)  (b, s, h)  (b, s/t, h)  all-gather,     all-gather, all-gather,
+                                                                           reduce-scatter  reduce-scatter
+    ===============  ===============  ===========  =========  ===========  ==============  =======================
+
+    Raises:
+        ValueError: For ``"sequence"``, the number of ranks does not divide the sequence length.
+
+    Example::
+
+        plan = {
+            "moe": PrepareInputOutput(),
+            "moe.experts.*.up": Colwise(None),
+            "moe.experts.*.down": Rowwise(None),
+        }
     """
 
     def __init__(

@@ -45,14 +45,19 @@ class AllHeadsNorm(Style):
         epsilon: Added to the mean square; the module's ``eps`` by default.
         unit_offset: Multiply with ``1 + weight``.
 
-    ===============  ==========  ===============  ==================  ==================
-    x                weight      y                forward             backward
-    ===============  ==========  ===============  ==================  ==================
-    (b, s, f/t)      (f/t,)      (b, s, f/t)      all-reduce (b, s)   all-reduce (b, s)
-    ===============  ==========  ===============  ==================  ==================
+    =========  =============  ======  =============  ====================  ====================  ==================
+    shared     x              weight  y              forward               backward              gradient
+    =========  =============  ======  =============  ====================  ====================  ==================
+    ``None``   (b, s, f/t)    (f/t,)  (b, s, f/t)    all-reduce (b, s, 1)  all-reduce (b, s, 1)
+    ``heads``  (b, s, k * d)  (f,)    (b, s, k * d)  all-reduce (b, s, 1)  all-reduce (b, s, 1)  partial: x, weight
+    =========  =============  ======  =============  ====================  ====================  ==================
 
     Raises:
-        ValueError: The module computes something else.
+        ValueError: The module computes something else, or the number of ranks does not divide its features.
+
+    Example::
+
+        plan = {"attention.wq": Colwise(None), "attention.q_norm": AllHeadsNorm(4096)}
     """
 
     module_class = _AllHeadsNorm
@@ -80,14 +85,18 @@ class AllHeadsNorm(Style):
         return x * torch.rsqrt(mean_square + epsilon) * scale.to(x.dtype)
 
     def _computes_what(self, module: nn.Module) -> bool:
-        """Whether the module's own forward gives what this style would, for a random weight and input."""
+        """Whether the module's own forward gives what this style would, for a random weight and input.
+
+        The input has a row whose mean square is next to nothing, where epsilon shows.
+        """
         generator = torch.Generator().manual_seed(0)
         values = torch.randn(3, self.features, generator=generator, dtype=torch.float32, device="cpu")
         if _torch.is_fake(values):
             return True
+        values[2] *= 1e-3
         weight, x = values[0], values[1:]
         probe = copy.copy(module)
-        probe._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
+        probe._parameters = {**module._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
         expected = self.normalised(x, x.square().mean(-1, keepdim=True), weight, self.epsilon_of(module))
         return torch.allclose(probe(x), expected, rtol=1e-4, atol=1e-5)
 

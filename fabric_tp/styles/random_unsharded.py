@@ -5,6 +5,24 @@ from fabric_tp.styles.unsharded import Unsharded
 
 
 class RandomUnsharded(Unsharded):
-    """As :class:`RandomHeads`, for an attention module that every rank computes whole, with the same masks."""
+    """As :class:`RandomHeads`, for an attention module that every rank computes whole, with the same masks.
+
+    Args:
+        layout: As in :class:`Unsharded`.
+
+    ===============  ===========  =========  ===========  ==========  ==========
+    layout           x            inside     y            forward     backward
+    ===============  ===========  =========  ===========  ==========  ==========
+    ``"replicate"``  (b, s, h)    (b, s, h)  (b, s, h)
+    ``"sequence"``   (b, s/t, h)  (b, s, h)  (b, s/t, h)  all-gather  all-gather
+    ===============  ===========  =========  ===========  ==========  ==========
+
+    Raises:
+        ValueError: When it is called in training: nobody told it the seed.
+
+    Example::
+
+        plan = {"attention": RandomUnsharded("sequence"), "attention.qkv": Replicated()}
+    """
 
     module_class = RandomModule

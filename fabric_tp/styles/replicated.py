@@ -16,15 +16,22 @@ class Replicated(Style):
     Args:
         layout: How its input and output lie. ``"sequence"``: each rank computes on its own part of the sequence, so
             the gradients of the parameters are partial sums. ``"replicate"``: all ranks compute the same.
-        partial_gradient: All ranks compute the same, but what follows is sharded, so that the gradients are partial
-            sums anyway: norms of single heads, routers, low-rank compressions.
+        partial_gradient: The gradients are partial sums anyway, since what follows is sharded, or what comes in is:
+            norms of single heads, routers, low-rank compressions.
 
-    ==============  ===========  =============  ========
-    layout          parameters   x, y           gradient
-    ==============  ===========  =============  ========
-    ``"replicate"`` whole        (b, s, h)      the same on each rank
-    ``"sequence"``  whole        (b, s/t, h)    summed over ranks once a step
-    ==============  ===========  =============  ========
+    Partial gradients are summed over the ranks once a step.
+
+    ===============  ================  ==============  ======  ==============  =======  ========  ===============
+    layout           partial_gradient  x               weight  y               forward  backward  gradient
+    ===============  ================  ==============  ======  ==============  =======  ========  ===============
+    ``"replicate"``  ``False``         (b, s, h)       (h,)    (b, s, h)
+    ``"sequence"``   ``False``         (b, s/t, h)     (h,)    (b, s/t, h)                        partial: weight
+    ``"replicate"``  ``True``          (b, s, n/t, d)  (d,)    (b, s, n/t, d)                     partial: weight
+    ===============  ================  ==============  ======  ==============  =======  ========  ===============
+
+    Example::
+
+        plan = {"norm": Replicated("sequence"), "attention.q_norm": Replicated(partial_gradient=True)}
     """
 
     def __init__(self, layout: Layout = "replicate", *, partial_gradient: bool = False) -> None:

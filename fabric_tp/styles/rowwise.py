@@ -37,19 +37,28 @@ class _RowwiseLinear(LocalModule):
 class Rowwise(Style):
     """A linear layer split by input features; its input is what a column-wise layer left on this rank.
 
+    The bias is added once, after the reduction. Where each rank adds it to its part of the sequence, or one rank to its
+    partial sum, its gradient is a partial sum.
+
     Args:
         output_layout: ``"replicate"``: the whole output on every rank. ``"sequence"``: each rank its part of the
             sequence. ``None``: the output stays a partial sum, for a module around this one to sum.
 
-    The bias is added once, after the reduction. Where each rank adds it to its part of the sequence, or one rank to its
-    partial sum, its gradient is a partial sum.
+    ===============  ===========  ========  =================  ==============  ==========  =============
+    output_layout    x            weight    y                  forward         backward    gradient
+    ===============  ===========  ========  =================  ==============  ==========  =============
+    ``"replicate"``  (b, s, f/t)  (h, f/t)  (b, s, h)          all-reduce
+    ``"sequence"``   (b, s, f/t)  (h, f/t)  (b, s/t, h)        reduce-scatter  all-gather  partial: bias
+    ``None``         (b, s, f/t)  (h, f/t)  (b, s, h) partial                              partial: bias
+    ===============  ===========  ========  =================  ==============  ==========  =============
 
-    ===========  ===============  ============  ==============  ===========
-    x            weight           y             forward         backward
-    ===========  ===============  ============  ==============  ===========
-    (b, s, f/t)  (h, f/t)         (b, s, h)     all-reduce
-    (b, s, f/t)  (h, f/t)         (b, s/t, h)   reduce-scatter  all-gather
-    ===========  ===============  ============  ==============  ===========
+    Raises:
+        ValueError: The module is no ``nn.Linear``; the number of ranks does not divide the input features or, for
+            ``"sequence"``, the sequence length.
+
+    Example::
+
+        plan = {"mlp.up": Colwise("sequence"), "mlp.down": Rowwise("sequence")}
     """
 
     module_class = _RowwiseLinear

@@ -9,11 +9,18 @@ from fabric_tp.styles.style import Parallelized, Style
 class ScatterInput(Style):
     """The first block of a model whose embedding leaves the whole sequence: each rank takes its part of it.
 
-    ===========  ============  ==============  ==============
-    x            inside        forward         backward
-    ===========  ============  ==============  ==============
-    (b, s, h)    (b, s/t, h)                   all-gather
-    ===========  ============  ==============  ==============
+    =========  ===========  =======  ==========
+    x          inside       forward  backward
+    =========  ===========  =======  ==========
+    (b, s, h)  (b, s/t, h)           all-gather
+    =========  ===========  =======  ==========
+
+    Raises:
+        ValueError: The number of ranks does not divide the sequence length.
+
+    Example::
+
+        plan = {"embed_tokens": VocabParallelEmbedding(), "layers.0": ScatterInput()}
     """
 
     def enter(self, this: Parallelized, x: Tensor) -> Tensor:

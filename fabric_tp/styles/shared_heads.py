@@ -22,17 +22,26 @@ class _SharedHeadsLinear(LocalModule):
 class SharedHeads(Colwise):
     """The key or value projection where there are more ranks than heads of it: whole on each rank, which uses its part.
 
+    Its gradient is partial: other ranks use other rows, or the same ones for other queries.
+
     Args:
         heads: Of the attention module.
         input_layout: As in :class:`Colwise`.
         regather: As in :class:`Colwise`.
 
-    ===============  ====================  ==============  ====================================
-    x                weight                y               gradient
-    ===============  ====================  ==============  ====================================
-    (b, s, h)        (kv heads * d, h),    (b, s, kv * d)  partial: other ranks use other rows,
-                     kv of them used                       or the same ones for other queries
-    ===============  ====================  ==============  ====================================
+    With k for the key and value heads that a rank computes, which are among those that the f features are:
+
+    ===============  ===========  ======  =============  ==========  ==========================  ==================
+    input_layout     x            weight  y              forward     backward                    gradient
+    ===============  ===========  ======  =============  ==========  ==========================  ==================
+    ``"replicate"``  (b, s, h)    (f, h)  (b, s, k * d)              all-reduce                  partial: weight
+    ``"sequence"``   (b, s/t, h)  (f, h)  (b, s, k * d)  all-gather  all-gather, reduce-scatter  partial: weight
+    ``None``         (b, s, h)    (f, h)  (b, s, k * d)                                          partial: x, weight
+    ===============  ===========  ======  =============  ==========  ==========================  ==================
+
+    Example::
+
+        plan = {"attention.wk": SharedHeads(Heads(8, 2), None), "attention.wv": SharedHeads(Heads(8, 2), None)}
     """
 
     module_class = _SharedHeadsLinear

@@ -27,8 +27,10 @@ class Parallelized(Generic[StyleOf]):
     style: StyleOf
     mesh: DeviceMesh
     group: Group
-    first_argument: str | None = None
-    """Name of the forward's first parameter, the activations; None if it has no name."""
+    first_argument: str = ""
+    """Name of the forward's first parameter, the activations; empty if it has none that can be used."""
+    by_keyword: bool = False
+    """The forward takes the first argument by its name only."""
     partial: frozenset[str] = frozenset()
     """Own replicated parameters of which each rank computes only a part of the gradient."""
     sum_is_deferred: bool = False
@@ -63,10 +65,13 @@ class LocalModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         this = self.parallelized
+        first = this.first_argument
+        if not args and first in kwargs and not this.by_keyword:
+            args = (kwargs.pop(first),)  # so that a style's own computation need not know what the module calls it
         if args:
             args = (this.style.enter(this, args[0]), *args[1:])
-        elif this.first_argument in kwargs:
-            kwargs = {**kwargs, this.first_argument: this.style.enter(this, kwargs[this.first_argument])}
+        elif first in kwargs:
+            kwargs[first] = this.style.enter(this, kwargs[first])
         held = self.take_local()
         try:
             output = self.compute(*args, **kwargs)
@@ -113,7 +118,16 @@ class Style(ParallelStyle):
     can be used in a plan for :class:`fabric_tp.from_plan` or in one for torch's own ``parallelize_module``.
 
     Of the arguments of a style, what it cannot do without comes first, then how activations lie, both by position or by
-    name; all others by name only.
+    name; all others by name only. Attributes have the names of the arguments.
+
+    Raises:
+        ValueError: When it is applied: the module is none that it takes, or the number of ranks does not divide one of
+            its sizes.
+
+    Example::
+
+        plan = {"embed": VocabParallelEmbedding(), "mlp.up": Colwise(), "mlp.down": Rowwise(), "lm_head": LMHead()}
+        parallelize = fabric_tp.from_plan(plan)
     """
 
     module_class: ClassVar[type[LocalModule]] = LocalModule
@@ -169,7 +183,7 @@ class Style(ParallelStyle):
         self.validate(module)
         group = Group.of(device_mesh)
         check_divisible(type(module).__name__, self.divided(module), group.size)
-        this = Parallelized(self, device_mesh, group, _first_parameter(module))
+        this = Parallelized(self, device_mesh, group, *_first_parameter(module))
         this.partial = self.partial(module) if group.size > 1 else frozenset()
         places = self.placements(module).items()
         this.grad_placements = {name: [Partial() if name in this.partial else place] for name, place in places}
@@ -180,15 +194,17 @@ class Style(ParallelStyle):
         return module
 
     def __repr__(self) -> str:
-        arguments = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if name != "src_data_rank")
-        return f"{type(self).__name__}({arguments})"
+        names = [name for name in inspect.signature(type(self)).parameters if hasattr(self, name)]
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
 
-def _first_parameter(module: nn.Module) -> str | None:
-    """Of the module's own forward."""
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+def _first_parameter(module: nn.Module) -> tuple[str, bool]:
+    """Of the module's own forward: its name, if it can be given by that, and whether it must be."""
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     first = next(iter(inspect.signature(module.forward).parameters.values()), None)
-    return first.name if first is not None and first.kind in named else None
+    if first is None or first.kind not in by_name:
+        return "", False
+    return first.name, first.kind == inspect.Parameter.KEYWORD_ONLY
 
 
 _mixed: dict[tuple[type[nn.Module], type], type] = {}

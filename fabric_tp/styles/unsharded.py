@@ -11,15 +11,21 @@ from fabric_tp.styles.style import Parallelized, Style
 class Unsharded(Style):
     """A module that every rank computes whole, among others that are sharded.
 
+    It covers no parameters: those in it need styles of their own.
+
     Args:
         layout: How its input and output lie; it computes on the whole sequence in any case.
 
-    ===============  ===========  ============  ==============  ==============
-    layout           x, y         inside        forward         backward
-    ===============  ===========  ============  ==============  ==============
-    ``"replicate"``  (b, s, h)    (b, s, h)
-    ``"sequence"``   (b, s/t, h)  (b, s, h)     all-gather      all-gather
-    ===============  ===========  ============  ==============  ==============
+    ===============  ===========  =========  ===========  ==========  ==========
+    layout           x            inside     y            forward     backward
+    ===============  ===========  =========  ===========  ==========  ==========
+    ``"replicate"``  (b, s, h)    (b, s, h)  (b, s, h)
+    ``"sequence"``   (b, s/t, h)  (b, s, h)  (b, s/t, h)  all-gather  all-gather
+    ===============  ===========  =========  ===========  ==========  ==========
+
+    Example::
+
+        plan = {"attention": Unsharded("sequence"), "attention.wq": Replicated(), "attention.wo": Replicated()}
     """
 
     def __init__(self, layout: Layout = "replicate") -> None:

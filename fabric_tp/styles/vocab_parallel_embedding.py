@@ -57,16 +57,23 @@ class VocabParallelEmbedding(Style):
     Args:
         output_layout: ``"replicate"``: the whole output on every rank. ``"sequence"``: each rank its part.
 
-    ========  ============  ===========  ==============  ===========
-    tokens    weight        y            forward         backward
-    ========  ============  ===========  ==============  ===========
-    (b, s)    (v/t, h)      (b, s, h)    all-reduce
-    (b, s)    (v/t, h)      (b, s/t, h)  reduce-scatter  all-gather
-    ========  ============  ===========  ==============  ===========
+    With the tokens for x:
+
+    ===============  ======  ========  ===========  ==============  ==========
+    output_layout    x       weight    y            forward         backward
+    ===============  ======  ========  ===========  ==============  ==========
+    ``"replicate"``  (b, s)  (v/t, h)  (b, s, h)    all-reduce
+    ``"sequence"``   (b, s)  (v/t, h)  (b, s/t, h)  reduce-scatter  all-gather
+    ===============  ======  ========  ===========  ==============  ==========
 
     Raises:
-        ValueError: A token is not in the vocabulary; or, for parts of the sequence, the number of ranks does not
-            divide the sequence length.
+        ValueError: The module is no ``nn.Embedding``, or one with ``max_norm``, ``scale_grad_by_freq`` or ``sparse``;
+            a token is not in the vocabulary; the number of ranks does not divide the vocabulary or, for
+            ``"sequence"``, the sequence length.
+
+    Example::
+
+        plan = {"embed_tokens": VocabParallelEmbedding("sequence"), "layers.*.input_norm": Replicated("sequence")}
     """
 
     module_class = _VocabParallelEmbedding
