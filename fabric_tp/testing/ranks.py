@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import tempfile
 import traceback
@@ -17,11 +18,17 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from fabric_tp import _torch
+
 TIMEOUT = 300
+UNCOLLECTED_GROUPS = 30
+"""Groups destroyed between two runs of the garbage collector, which takes half a second where much is imported."""
 
 
 class Ranks:
     """Processes on the CPU: ``ranks(function, *args)`` runs it on each of them and returns what rank 0 returns.
+
+    Process groups that the function has made are destroyed after it, except those of :func:`mesh`.
 
     Raises:
         AssertionError: The function raised on some rank, whose traceback this shows; the processes are started anew.
@@ -82,17 +89,38 @@ def _serve(rank: int, size: int, store: str, connection: Connection) -> None:
         while True:
             function, args, kwargs = connection.recv()
             try:
-                connection.send((True, function(*args, **kwargs)))
+                answer = function(*args, **kwargs)
+                _destroy_groups()
+                connection.send((True, answer))
             except BaseException:
                 connection.send((False, traceback.format_exc()))
 
 
 _meshes: dict[tuple[int, int], DeviceMesh] = {}
+_uncollected = 0
 
 
 def mesh(data_parallel_size: int, tensor_parallel_size: int) -> DeviceMesh:
-    """Fabric's mesh, once for each shape, on a rank."""
+    """Fabric's mesh, once for each shape, on a rank.
+
+    DTensor remembers the placements of results with the mesh of the first tensors that were equal, so that a mesh of
+    the same shape must not take the place of one whose groups are gone.
+    """
     shape = (data_parallel_size, tensor_parallel_size)
     if shape not in _meshes:
         _meshes[shape] = init_device_mesh("cpu", shape, mesh_dim_names=("data_parallel", "tensor_parallel"))
     return _meshes[shape]
+
+
+def _destroy_groups() -> None:
+    """Destroy the groups of no mesh that stays: the threads of each wake a hundred times a second."""
+    global _uncollected
+    dist.barrier()  # a rank may still be in a collective of theirs
+    staying = {group for each in _meshes.values() for group in each.get_all_groups()}
+    gone = [group for group in _torch.process_groups()[1:] if group not in staying]
+    for group in gone:
+        dist.destroy_process_group(group)
+    _uncollected += len(gone)
+    if _uncollected >= UNCOLLECTED_GROUPS:
+        gc.collect()  # threads end with the group's last reference, which may be in a cycle
+        _uncollected = 0
