@@ -1,7 +1,7 @@
 """The options of all factories, with their documentation; a recipe's or a command line's help comes from here."""
 
 import inspect
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Literal, TypeVar
 
 import docstring_parser
@@ -38,7 +38,7 @@ Options = TypeVar("Options", bound=type)
 
 
 def documented(cls: Options) -> Options:
-    """Add what is said of each field of a dataclass, inherited ones too, to its docstring: for ``help()`` and ``--help``.
+    """Add what is said of a dataclass's fields, inherited ones too, to its docstring: for ``help()`` and ``--help``.
 
     A decorator: the documentation stays where the field is.
     """
@@ -47,7 +47,8 @@ def documented(cls: Options) -> Options:
         if is_dataclass(each):
             parsed = docstring_parser.parse_from_object(each)
             said |= {field.arg_name: " ".join((field.description or "").split()) for field in parsed.params}
-    shown = [name for name, field in cls.__dataclass_fields__.items() if field.init and name in said]
+    positional_first = sorted(fields(cls), key=lambda field: bool(field.kw_only))
+    shown = [field.name for field in positional_first if field.init and field.name in said]
     lines = "".join(f"    {name}: {said[name]}\n" for name in shown)
     cls.__doc__ = f"{inspect.getdoc(cls)}\n\nArgs:\n{lines}"
     return cls
