@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fabric_tp.loss import cross_entropy
@@ -114,13 +115,8 @@ def estimate(
         ValueError: The model is not known, sizes cannot be divided (as ``Parallelize.check`` finds out), or the
             process has a process group, which this would need for itself.
     """
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision={precision!r} is not known; it must be one of {get_args(Precision)}.")
-    for name, number in (("data_parallel_size", data_parallel_size), ("micro_batch_size", micro_batch_size)):
-        if number < 1:
-            raise ValueError(f"{name}={number} must be at least 1.")
+    _check_arguments(precision, data_parallel_size=data_parallel_size, micro_batch_size=micro_batch_size)
     from fabric_tp.architectures.litgpt.config import load_config, meta_model
-    from fabric_tp.architectures.litgpt.memory import least_memory
 
     config = load_config(model)
     length = sequence_length or config.block_size
@@ -129,30 +125,43 @@ def estimate(
         parallelize = replace(parallelize, mixed_precision="bf16-mixed")
     whole = meta_model(config)
     parallelize.check(whole, tensor_parallel_size=tensor_parallel_size, sequence_length=length)
-
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     with fake_mesh(data_parallel_size, tensor_parallel_size) as mesh, fake_tensors(config.n_expert or 1):
         step = _count(config, parallelize, mesh, (micro_batch_size, length), dtype)
-    limits = least_memory(
-        whole,
-        tensor_parallel_size=tensor_parallel_size,
-        data_parallel_size=data_parallel_size,
-        tokens=micro_batch_size * length,
-        precision=precision,
-        activation_checkpointing=parallelize.activation_checkpointing,
-        fused_loss=parallelize.fused_loss,
-    )
+    sizes = {"tensor_parallel_size": tensor_parallel_size, "data_parallel_size": data_parallel_size}
     return Estimate(
         memory=step.memory,
         collectives=step.collectives,
         model=config.name,
-        tensor_parallel_size=tensor_parallel_size,
-        data_parallel_size=data_parallel_size,
+        **sizes,
         micro_batch_size=micro_batch_size,
         sequence_length=length,
         precision=precision,
-        least=limits,
+        least=_least(whole, parallelize, sizes, micro_batch_size * length, precision),
         parallelize=parallelize,
+    )
+
+
+def _check_arguments(precision: str, **sizes: int) -> None:
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision={precision!r} is not known; it must be one of {get_args(Precision)}.")
+    for name, number in sizes.items():
+        if number < 1:
+            raise ValueError(f"{name}={number} must be at least 1.")
+
+
+def _least(
+    model: nn.Module, parallelize: Parallelize, sizes: dict[str, int], tokens: int, precision: Precision
+) -> dict[str, int]:
+    from fabric_tp.architectures.litgpt.memory import least_memory
+
+    return least_memory(
+        model,
+        **sizes,
+        tokens=tokens,
+        precision=precision,
+        activation_checkpointing=parallelize.activation_checkpointing,
+        fused_loss=parallelize.fused_loss,
     )
 
 

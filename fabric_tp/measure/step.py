@@ -74,14 +74,7 @@ def count_step(
                 for parameter in model.parameters():
                     parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
             tracker.mark("gradients", (parameter.grad for parameter in model.parameters()))
-            watch.enter("clipping")
-            nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-            watch.enter("optimizer")
-            if update is None:
-                with local(optimizer):
-                    optimizer.step()
-            else:
-                update()
+            _clip_and_update(model, optimizer, max_norm, update, watch)
             tracker.mark("optimizer state", _tensors(optimizer.state.values()))
             optimizer.zero_grad()
         for hook in hooks:
@@ -137,6 +130,23 @@ def _forward_and_backward(
     watch.enter("backward")
     loss.backward()
     watch.leave_head()
+
+
+def _clip_and_update(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    max_norm: float,
+    update: Callable[[], object] | None,
+    watch: _Phases,
+) -> None:
+    watch.enter("clipping")
+    nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    watch.enter("optimizer")
+    if update is not None:
+        update()
+        return
+    with local(optimizer):
+        optimizer.step()
 
 
 class _Phases:
