@@ -99,14 +99,3 @@ def test_derived_plan_can_be_edited_and_used() -> None:
     plan = fabric_tp.llama().plan(build("llama"), tensor_parallel_size=2)
     plan["norm"] = Replicated("replicate")
     assert patterns(plan) == LLAMA_KEYS
-
-
-def cut_by_the_model(sequence_parallel: bool) -> int:
-    model = fabric_tp.litgpt(sequence_parallel=sequence_parallel)(build("Llama-3-8B"), mesh(1, 2))
-    return len(model(torch.zeros(1, LENGTH, dtype=torch.int64), lm_head_chunk_size=LENGTH // 2))
-
-
-def test_pieces_of_the_sequence_are_refused_under_sequence_parallelism(pool) -> None:
-    assert pool(2)(cut_by_the_model, False) == 2
-    with pytest.raises(AssertionError, match=r"lm_head_chunk_size=8 cuts the sequence .* fused_loss=True"):
-        pool(2)(cut_by_the_model, True)

@@ -171,3 +171,18 @@ def buffers_after_parallelizing() -> list[float]:
 
 def test_buffers_in_another_order_on_each_rank_are_not_swapped(pool) -> None:
     assert pool(2)(buffers_after_parallelizing) == [0, 1, 2] * 2
+
+
+def cut_by_the_model(sequence_parallel: bool, by_position: bool) -> int:
+    model = fabric_tp.litgpt(sequence_parallel=sequence_parallel)(build("Llama-3-8B"), mesh(1, 2))
+    tokens = torch.zeros(1, LENGTH, dtype=torch.int64)
+    if by_position:
+        return len(model(tokens, None, None, LENGTH // 2))
+    return len(model(tokens, lm_head_chunk_size=LENGTH // 2))
+
+
+@pytest.mark.parametrize("by_position", [False, True])
+def test_pieces_of_the_sequence_are_refused_under_sequence_parallelism(pool, by_position) -> None:
+    assert pool(2)(cut_by_the_model, False, by_position) == 2
+    with pytest.raises(AssertionError, match=r"lm_head_chunk_size=8 cuts the sequence .* fused_loss=True"):
+        pool(2)(cut_by_the_model, True, by_position)

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
 import fabric_tp
+from fabric_tp.plan import resolve
 from fabric_tp.styles import Colwise, Replicated, Rowwise, SharedHeads, VocabParallelEmbedding
 from fabric_tp.testing.ranks import mesh
 from tests.models import LENGTH, VOCABULARY, FeedForward, build, litgpt_config
@@ -197,7 +198,6 @@ def test_refuses_before_sharding(pool) -> None:
 def test_all_but_the_star_stands_for_itself() -> None:
     """fnmatch's brackets and question marks do not: keys of a ModuleDict may have them."""
     model = nn.ModuleDict({"w[0]": nn.Linear(8, 8), "w0": nn.Linear(8, 8), "w?": nn.Linear(8, 8)})
-    matched = {
-        pattern: [name for name, _ in found] for pattern, found in resolve(dict.fromkeys(("w[0]", "w?", "w*")), model)
-    }
+    plan = dict.fromkeys(("w[0]", "w?", "w*"), Replicated())
+    matched = {pattern: [name for name, _ in found] for pattern, found in resolve(plan, model)}
     assert matched == {"w[0]": ["w[0]"], "w?": ["w?"], "w*": ["w[0]", "w0", "w?"]}
