@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any, NoReturn
 
 import torch
@@ -25,30 +26,37 @@ UNCOLLECTED_GROUPS = 30
 """Groups destroyed between two runs of the garbage collector, which takes half a second where much is imported."""
 
 
+def _spawn(rank: int, target: Callable[..., None], args: tuple) -> BaseProcess:
+    process = mp.get_context("spawn").Process(target=target, args=args, daemon=True)
+    process.start()
+    return process
+
+
 class Ranks:
     """Processes on the CPU: ``ranks(function, *args)`` runs it on each of them and returns what rank 0 returns.
 
     Process groups that the function has made are destroyed after it, except those of :func:`mesh`.
 
+    Args:
+        size: How many.
+        start: Starts the process of a rank: ``start(rank, target, args)`` returns what has ``kill()``, ``join()`` and
+            ``exitcode``.
+
     Raises:
         AssertionError: The function raised on some rank, whose traceback this shows; the processes are started anew.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, start: Callable[[int, Callable[..., None], tuple], Any] = _spawn) -> None:
+        self.size, self._start_one = size, start
         self._start()
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
         store = os.path.join(tempfile.mkdtemp(), "store")
-        pipes = [context.Pipe() for _ in range(self.size)]
+        pipes = [mp.get_context("spawn").Pipe() for _ in range(self.size)]
         self._connections = [ours for ours, _ in pipes]
         self._processes = [
-            context.Process(target=_serve, args=(rank, self.size, store, theirs), daemon=True)
-            for rank, (_, theirs) in enumerate(pipes)
+            self._start_one(rank, _serve, (rank, self.size, store, theirs)) for rank, (_, theirs) in enumerate(pipes)
         ]
-        for process in self._processes:
-            process.start()
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         for connection in self._connections:

@@ -20,11 +20,8 @@ from fabric_tp.strategy import connection, failure
 DEADLINE = 15
 """Seconds from the death of a rank until all are gone."""
 
-SCRIPT = f"""
-import importlib.util, os, sys, threading, time
-from datetime import timedelta
-import torch
-import torch.distributed as dist
+IMPORT = f"""
+import importlib.util, sys
 
 def load(module, file):
     spec = importlib.util.spec_from_file_location(module, file)
@@ -34,7 +31,14 @@ def load(module, file):
 
 connection = load("fabric_tp.strategy.connection", {connection.__file__!r})
 failure = load("fabric_tp.strategy.failure", {failure.__file__!r})
+"""
 
+SCRIPT = f"""
+import os, sys, threading, time
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+{IMPORT}
 def forever():
     threading.Event().wait()
 
@@ -279,10 +283,9 @@ def test_addresses_that_lead_nowhere(start: Start) -> None:
 
 # Before the ranks have met
 
-CHILD = """
+CHILD = f"""
 import os, subprocess, sys, threading, time
-from fabric_tp import failure
-
+{IMPORT}
 child = "LOCAL_RANK" in os.environ
 if child and "late" in sys.argv:
     main = os.getppid()
@@ -291,7 +294,7 @@ if child and "late" in sys.argv:
         time.sleep(0.01)
 failure.watch_parent()
 if not child:
-    subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, "LOCAL_RANK": "1"})
+    subprocess.Popen([sys.executable, *sys.argv], env={{**os.environ, "LOCAL_RANK": "1"}})
     print("rank 0 met as pid", os.getpid(), flush=True)
 elif "late" not in sys.argv:
     print("rank 1 met as pid", os.getpid(), flush=True)

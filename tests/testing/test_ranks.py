@@ -56,9 +56,9 @@ def leave() -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
+def ranks(forks) -> Iterator[Ranks]:
     """A pool on which nothing else runs."""
-    two = Ranks(2)
+    two = Ranks(2, forks)
     yield two
     two.stop()
 
@@ -88,3 +88,16 @@ def test_a_rank_that_dies_is_named(ranks) -> None:
     with pytest.raises(AssertionError, match=r"rank [01] died, exit code 3"):
         ranks(leave)
     assert ranks(train_on_the_pools_mesh) == [2, 2, 4, 4]
+
+
+def test_forks_are_told_apart(forks, ranks) -> None:
+    """Two pools on the same origins, one of which ends before anybody has asked for the other's processes."""
+    before = ranks(process)
+    other = Ranks(2, forks)
+    third = Ranks(1, forks)
+    third.stop()
+    assert {ranks(process), other(process)} > {before}
+    with pytest.raises(AssertionError, match="rank 1 failed"):
+        other(fail_on, 1)
+    assert ranks(process) == before
+    other.stop()
