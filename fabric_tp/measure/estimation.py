@@ -114,32 +114,27 @@ def estimate(
     Raises:
         ValueError: The model is not known, sizes cannot be divided (as ``Parallelize.check`` finds out), or the
             process has a process group, which this would need for itself.
+
+    Example::
+
+        found = fabric_tp.estimate("Llama-3-8B", fabric_tp.litgpt(fused_loss=True), tensor_parallel_size=8)
+        print(found)
+        found.memory.peak / 2**30  # GiB
     """
     _check_arguments(precision, data_parallel_size=data_parallel_size, micro_batch_size=micro_batch_size)
     from fabric_tp.architectures.litgpt.config import load_config, meta_model
 
     config = load_config(model)
-    length = sequence_length or config.block_size
-    parallelize = replace(parallelize or litgpt(), compile=False)
-    if precision == "bf16-mixed":
-        parallelize = replace(parallelize, mixed_precision="bf16-mixed")
+    batch = (micro_batch_size, sequence_length or config.block_size)
+    mixed = {"mixed_precision": "bf16-mixed"} if precision == "bf16-mixed" else {}
+    parallelize = replace(parallelize or litgpt(), compile=False, **mixed)
     whole = meta_model(config)
-    parallelize.check(whole, tensor_parallel_size=tensor_parallel_size, sequence_length=length)
-    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
-    with fake_mesh(data_parallel_size, tensor_parallel_size) as mesh, fake_tensors(config.n_expert or 1):
-        step = _count(config, parallelize, mesh, (micro_batch_size, length), dtype)
+    parallelize.check(whole, tensor_parallel_size=tensor_parallel_size, sequence_length=batch[1])
     sizes = {"tensor_parallel_size": tensor_parallel_size, "data_parallel_size": data_parallel_size}
-    return Estimate(
-        memory=step.memory,
-        collectives=step.collectives,
-        model=config.name,
-        **sizes,
-        micro_batch_size=micro_batch_size,
-        sequence_length=length,
-        precision=precision,
-        least=_least(whole, parallelize, sizes, micro_batch_size * length, precision),
-        parallelize=parallelize,
-    )
+    least = _least(whole, parallelize, sizes, batch[0] * batch[1], precision)
+    shape: dict[str, Any] = {**sizes, "micro_batch_size": batch[0], "sequence_length": batch[1], "precision": precision}
+    step = _count(config, parallelize, sizes, batch, precision)
+    return Estimate(**vars(step), model=config.name, **shape, least=least, parallelize=parallelize)
 
 
 def _check_arguments(precision: str, **sizes: int) -> None:
@@ -166,7 +161,15 @@ def _least(
 
 
 def _count(
-    config: Config, parallelize: Parallelize, mesh: DeviceMesh, batch: tuple[int, int], dtype: torch.dtype
+    config: Config, parallelize: Parallelize, sizes: dict[str, int], batch: tuple[int, int], precision: Precision
+) -> CountedStep:
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    with fake_mesh(**sizes) as mesh, fake_tensors(config.n_expert or 1):
+        return _count_on(mesh, config, parallelize, batch, dtype)
+
+
+def _count_on(
+    mesh: DeviceMesh, config: Config, parallelize: Parallelize, batch: tuple[int, int], dtype: torch.dtype
 ) -> CountedStep:
     from fabric_tp.architectures.litgpt.config import model_for_length
 
@@ -181,7 +184,7 @@ def _count(
         lambda logits: cross_entropy(logits, targets),
         mesh=mesh,
         batch=(tokens, targets),
-        head=model.lm_head,
+        lm_head=model.lm_head,
         warm_up=False,
     )
 

@@ -50,6 +50,11 @@ def launch(
 
     Raises:
         ValueError: See :func:`detect`.
+
+    Example::
+
+        strategy = fabric_tp.TensorParallelStrategy(fabric_tp.litgpt(), tensor_parallel_size=4, data_parallel_size=2)
+        fabric = fabric_tp.launch(strategy, precision="bf16-mixed")
     """
     chosen = {
         name: fabric_arguments.pop(name) for name in ("accelerator", "devices", "num_nodes") & fabric_arguments.keys()

@@ -59,6 +59,11 @@ class TensorParallelStrategy(ModelParallelStrategy):
 
     Raises:
         ValueError: From ``Fabric(...)``, before any process meets another: the sizes do not fit the processes.
+
+    Example::
+
+        strategy = fabric_tp.TensorParallelStrategy(fabric_tp.litgpt(), data_parallel_size=2, tensor_parallel_size=4)
+        fabric = L.Fabric(strategy=strategy, devices=8)
     """
 
     def __init__(
