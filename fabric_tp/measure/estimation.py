@@ -126,7 +126,7 @@ def estimate(
 
     config = load_config(model)
     batch = (micro_batch_size, sequence_length or config.block_size)
-    mixed = {"mixed_precision": "bf16-mixed"} if precision == "bf16-mixed" else {}
+    mixed: dict[str, Any] = {"mixed_precision": "bf16-mixed"} if precision == "bf16-mixed" else {}
     parallelize = replace(parallelize or litgpt(), compile=False, **mixed)
     whole = meta_model(config)
     parallelize.check(whole, tensor_parallel_size=tensor_parallel_size, sequence_length=batch[1])
@@ -164,7 +164,10 @@ def _count(
     config: Config, parallelize: Parallelize, sizes: dict[str, int], batch: tuple[int, int], precision: Precision
 ) -> CountedStep:
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
-    with fake_mesh(**sizes) as mesh, fake_tensors(config.n_expert or 1):
+    with (
+        fake_mesh(sizes["data_parallel_size"], sizes["tensor_parallel_size"]) as mesh,
+        fake_tensors(config.n_expert or 1),
+    ):
         return _count_on(mesh, config, parallelize, batch, dtype)
 
 
