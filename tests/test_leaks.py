@@ -19,6 +19,7 @@ from tests.models import LENGTH, VOCABULARY, build
 from tests.parallelize.test_parallelize import fabric_on_this_rank
 
 STEPS, WARM_UP, BATCH = 30, 5, 2
+CORE = [((1, 2), "none", 1), ((1, 2), "selective", 3), ((2, 1), "full", 3)]
 
 
 def train(
@@ -71,6 +72,7 @@ def alive() -> Counter:
     return counts
 
 
+@pytest.mark.swept(lambda p: (p["sizes"], p["activation_checkpointing"], p["accumulate"]) not in CORE)
 @pytest.mark.parametrize(("accumulate", "clip"), [(1, False), (3, True)], ids=["plain", "accumulated and clipped"])
 @pytest.mark.parametrize("activation_checkpointing", ["none", "full", "selective"])
 @pytest.mark.parametrize("sizes", [(1, 2), (2, 1)], ids=str)

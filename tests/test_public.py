@@ -20,6 +20,7 @@ PATHS = {
     "fabric_tp.launching": ["Launcher", "detect", "launch", "resolve_sizes"],
     "fabric_tp.lean": ["TORCH"],
     "fabric_tp.loss": ["count_targets", "cross_entropy", "linear_cross_entropy"],
+    "fabric_tp.memory": ["MemoryTracker"],
     "fabric_tp.optimizer": ["local"],
     "fabric_tp.parallelize": ["Parallelize", "auto", "feed_forward", "from_plan", "litgpt", "llama"],
     "fabric_tp.random": ["broadcast", "get_state", "initialize", "set_state", "shared_seed"],

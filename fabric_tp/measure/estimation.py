@@ -38,7 +38,7 @@ class Estimate(CountedStep):
     sequence_length: int
     precision: Precision
     least: dict[str, int]
-    """The limit of a formula for each kind; see :func:`least_memory`."""
+    """The limit of a formula for each kind; ``least_memory`` in ``architectures/litgpt/memory.py``."""
     parallelize: Parallelize
 
     @property
@@ -109,7 +109,7 @@ def estimate(
         data_parallel_size: Ranks of FSDP2.
         micro_batch_size: Samples of each data-parallel rank.
         sequence_length: Tokens of a sample; the model's ``block_size`` by default.
-        precision: See :data:`Precision`.
+        precision: As in Fabric. ``"bf16-mixed"`` is FSDP2's: fp32 parameters, cast to bf16 for the computation.
 
     Raises:
         ValueError: The model is not known, sizes cannot be divided (as ``Parallelize.check`` finds out), or the

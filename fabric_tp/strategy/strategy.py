@@ -188,7 +188,7 @@ class TensorParallelStrategy(ModelParallelStrategy):
         norm_type: float = 2.0,
         error_if_nonfinite: bool = True,
     ) -> Tensor:
-        """See :func:`fabric_tp.clip.clip_grad_norm`."""
+        """Clip the norm of all gradients together, plain tensors and DTensors of any mesh, with one all-reduce."""
         self.precision.unscale_gradients(optimizer)
         return clip_grad_norm(
             self.precision.main_params(optimizer),

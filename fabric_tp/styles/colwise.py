@@ -20,12 +20,12 @@ class Colwise(Style):
         regather: Of ``"sequence"``: keep the shard for the backward and gather it again there, beside the gradient of
             the input. Otherwise the gathered input is kept.
 
-    =================  ===============  ==========  =============  ============================
-    x                  weight           y           forward        backward
-    =================  ===============  ==========  =============  ============================
-    (b, s, h)          (f/t, h)         (b, s, f/t)                all-reduce
-    (b, s/t, h)        (f/t, h)         (b, s, f/t) all-gather     (all-gather,) reduce-scatter
-    =================  ===============  ==========  =============  ============================
+    =================  ===============  ===========  =============  ============================
+    x                  weight           y            forward        backward
+    =================  ===============  ===========  =============  ============================
+    (b, s, h)          (f/t, h)         (b, s, f/t)                 all-reduce
+    (b, s/t, h)        (f/t, h)         (b, s, f/t)  all-gather     (all-gather,) reduce-scatter
+    =================  ===============  ===========  =============  ============================
     """
 
     def __init__(self, input_layout: Layout | None = "replicate", *, regather: bool = True) -> None:

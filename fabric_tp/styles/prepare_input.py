@@ -14,12 +14,12 @@ class PrepareInput(Style):
         input_layout: ``"replicate"`` or ``"sequence"``, how the first argument of the module's forward lies.
         regather: As in :class:`Colwise`.
 
-    ==============  ===========  ============  ==============  ============================
-    input_layout    x            inside        forward         backward
-    ==============  ===========  ============  ==============  ============================
-    ``"replicate"`` (b, s, h)    (b, s, h)                     all-reduce
-    ``"sequence"``  (b, s/t, h)  (b, s, h)     all-gather      (all-gather,) reduce-scatter
-    ==============  ===========  ============  ==============  ============================
+    ===============  ===========  ============  ==============  ============================
+    input_layout     x            inside        forward         backward
+    ===============  ===========  ============  ==============  ============================
+    ``"replicate"``  (b, s, h)    (b, s, h)                     all-reduce
+    ``"sequence"``   (b, s/t, h)  (b, s, h)     all-gather      (all-gather,) reduce-scatter
+    ===============  ===========  ============  ==============  ============================
     """
 
     def __init__(self, input_layout: Layout | None = "replicate", *, regather: bool = True) -> None:

@@ -19,12 +19,12 @@ class Replicated(Style):
         partial_gradient: All ranks compute the same, but what follows is sharded, so that the gradients are partial
             sums anyway: norms of single heads, routers, low-rank compressions.
 
-    ==============  ===========  =============  ========
-    layout          parameters   x, y           gradient
-    ==============  ===========  =============  ========
-    ``"replicate"`` whole        (b, s, h)      the same on each rank
-    ``"sequence"``  whole        (b, s/t, h)    summed over ranks once a step
-    ==============  ===========  =============  ========
+    ===============  ===========  =============  ========
+    layout           parameters   x, y           gradient
+    ===============  ===========  =============  ========
+    ``"replicate"``  whole        (b, s, h)      the same on each rank
+    ``"sequence"``   whole        (b, s/t, h)    summed over ranks once a step
+    ===============  ===========  =============  ========
     """
 
     def __init__(self, layout: Layout = "replicate", *, partial_gradient: bool = False) -> None:

@@ -20,6 +20,7 @@ from tests.parity import assert_equal, differences_of
 FAMILIES = [name for name in TRANSFORMERS if name != "Mixtral"]
 
 
+@pytest.mark.swept(lambda p: p["sizes"] == (1, 4))
 @pytest.mark.parametrize("sizes", [(1, 2), (1, 4), (2, 2)], ids=str)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family(pool, name, sizes) -> None:

@@ -8,6 +8,7 @@ import pytest
 from tests.strategy.jobs import Start
 
 
+@pytest.mark.swept(lambda p: p["killed"] == 1)
 @pytest.mark.parametrize("killed", [0, 1])
 def test_forked_processes_neither_hide_a_death_nor_speak_for_the_rank(start: Start, killed: int) -> None:
     fork = "if os.fork() == 0: sys.exit()\nos.wait()\n"  # says no goodbye

@@ -18,6 +18,7 @@ WAYS_TO_HANG = {
 }
 
 
+@pytest.mark.swept(lambda p: p["killed"] == 1 and p["hang"] == "event")
 @pytest.mark.parametrize(("killed", "hang"), [(0, "event"), (1, "event"), (1, "recv from a living rank")])
 def test_a_killed_rank_ends_the_others(start: Start, killed: int, hang: str) -> None:
     job = start(WAYS_TO_HANG[hang], 3)
@@ -30,6 +31,7 @@ def test_a_killed_rank_ends_the_others(start: Start, killed: int, hang: str) -> 
         assert f"Rank {rank} ends as well" in job.output(f"{rank}.log")
 
 
+@pytest.mark.swept(lambda p: p["failing"] == 1)
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_exception_ends_the_others(start: Start, failing: int) -> None:
     job = start(f'if rank == {failing}: raise ValueError("bad batch\\nmore")\nforever()')
