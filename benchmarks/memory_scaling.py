@@ -148,7 +148,7 @@ def count_peer(model: Llama, shape: Shape, mesh: DeviceMesh) -> CountedStep:
             lambda logits: F.cross_entropy(logits.flatten(0, 1), targets.flatten()),
             mesh=mesh,
             batch=(tokens, targets),
-            head=model.output,
+            lm_head=model.output,
             update=optimizer.step,
         )
 

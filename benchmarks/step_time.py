@@ -81,6 +81,20 @@ def main(
     for process in processes:
         process.start()
     ranks, alone = [ours for ours, _ in pipes[:-1]], [pipes[-1][0]]
+    seconds = _take_turns(ways, ranks, alone, rounds)
+    for connection in [*ranks, *alone]:
+        connection.send(None)
+    for process in processes:
+        process.join()
+    what = "A whole step" if whole else "Forward and backward"
+    title = f"{what} on {tensor_parallel_size} gloo ranks, {shape.layers} layers of width {shape.width}"
+    report(title, seconds, peer=ways[0] if memory else "torch's styles", setting=asdict(shape), out=out)
+
+
+def _take_turns(
+    ways: list[str], ranks: list[Connection], alone: list[Connection], rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of each round, after two that do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in [*ways, ALONE]}
     for index in range(rounds + 2):
         for name, times in seconds.items():
@@ -90,13 +104,7 @@ def main(
             slowest = max(connection.recv() for connection in connections)
             if index >= 2:
                 times.append(slowest)
-    for connection in [*ranks, *alone]:
-        connection.send(None)
-    for process in processes:
-        process.join()
-    what = "A whole step" if whole else "Forward and backward"
-    title = f"{what} on {tensor_parallel_size} gloo ranks, {shape.layers} layers of width {shape.width}"
-    report(title, seconds, peer=ways[0] if memory else "torch's styles", setting=asdict(shape), out=out)
+    return seconds
 
 
 def _rank(

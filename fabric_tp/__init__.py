@@ -29,7 +29,7 @@ from fabric_tp import checkpoint, data, random, styles, testing
 from fabric_tp.architectures import lean
 from fabric_tp.generation import generate
 from fabric_tp.loss import count_targets, cross_entropy, linear_cross_entropy
-from fabric_tp.measure import estimate
+from fabric_tp.measure import estimate, memory
 from fabric_tp.parallelize import Parallelize, auto, feed_forward, from_plan, litgpt, llama
 from fabric_tp.strategy import TensorParallelStrategy, clip, launch, launching, optimizer
 
@@ -61,5 +61,5 @@ STRATEGY_REGISTRY.register(
     "tensor_parallel", TensorParallelStrategy, description="Tensor parallelism with FSDP2", override=True
 )
 
-for _module in (clip, launching, lean, optimizer):  # where they were once documented to be
+for _module in (clip, launching, lean, memory, optimizer):  # where they were once documented to be
     sys.modules[f"{__name__}.{_module.__name__.rpartition('.')[2]}"] = _module

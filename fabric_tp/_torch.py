@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -82,9 +82,19 @@ def draw() -> int:
         return int(torch.empty((), dtype=torch.int64, device="cpu").random_())
 
 
-def function_of(x: Tensor) -> type[torch.autograd.Function] | None:
-    """The ``torch.autograd.Function`` that made ``x``; its node, ``x.grad_fn``, is the ``ctx`` of its forward."""
-    return getattr(x.grad_fn, "_forward_cls", None)
+def function_of(node: object) -> Any:
+    """The ``torch.autograd.Function`` whose node this is, and whose forward and backward get it as ``ctx``; or None."""
+    return getattr(node, "_forward_cls", None)
+
+
+def comes_to(node: Any) -> bool:
+    """Whether the backward that is running comes to this node; ``torch.autograd.grad`` need not come to all."""
+    return torch._C._will_engine_execute_node(node)
+
+
+def is_watched(x: Tensor) -> bool:
+    """Whether somebody is to see the gradient of ``x``: a hook, or :meth:`torch.Tensor.retain_grad`."""
+    return bool(x._backward_hooks) or x.retains_grad
 
 
 def activation_backward(name: str, grad: Tensor, x: Tensor) -> Tensor:

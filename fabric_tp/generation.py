@@ -39,21 +39,20 @@ def generate(
 
     Returns:
         Prompt and continuation, ``(n + new,)``.
+
+    Raises:
+        ValueError: The prompt is not a tensor ``(n,)`` of at least one token.
+
+    Example::
+
+        tokens = fabric_tp.generate(model, tokenizer.encode("def ", device=fabric.device), 64, temperature=0.8)
     """
-    if tokens.dim() != 1 or not len(tokens):
-        raise ValueError(
-            f"The prompt must be a tensor of shape (n,) with n > 0, and has the shape {tuple(tokens.shape)}."
-        )
+    padded = _padded(tokens, max_new_tokens)
     generator = torch.Generator().manual_seed(seed if seed is not None else _common_seed(tokens.device))
-    length = len(tokens)
-    total = length + max_new_tokens
-    multiple = dist.get_world_size() if dist.is_initialized() else 1
-    padded = tokens.new_zeros(1, total + -total % multiple)
-    padded[0, :length] = tokens
-    training = model.training
+    length, training = len(tokens), model.training
     model.eval()
     try:
-        for position in range(length, total):
+        for position in range(length, length + max_new_tokens):
             last = _row(model(padded), position - 1)
             token = _choose(last.float().cpu(), generator, temperature, top_k)
             padded[0, position] = token
@@ -63,6 +62,19 @@ def generate(
     finally:
         model.train(training)
     return padded[0, :length]
+
+
+def _padded(tokens: Tensor, max_new_tokens: int) -> Tensor:
+    """The prompt as a batch of one, with room for what is added."""
+    if tokens.dim() != 1 or not len(tokens):
+        raise ValueError(
+            f"The prompt must be a tensor of shape (n,) with n > 0, and has the shape {tuple(tokens.shape)}."
+        )
+    total = len(tokens) + max_new_tokens
+    multiple = dist.get_world_size() if dist.is_initialized() else 1
+    padded = tokens.new_zeros(1, total + -total % multiple)
+    padded[0, : len(tokens)] = tokens
+    return padded
 
 
 def _row(logits: Tensor, position: int) -> Tensor:

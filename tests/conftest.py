@@ -28,3 +28,12 @@ def pool(forks) -> Iterator[Callable[[int], Ranks]]:
     yield get
     for each in pools.values():
         each.stop()
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is marked
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """``@pytest.mark.swept(condition)``: where the condition holds of the parameters, the test is a sweep."""
+    for item in items:
+        for mark in item.iter_markers("swept"):
+            if mark.args[0](item.callspec.params):  # type: ignore[attr-defined]
+                item.add_marker(pytest.mark.sweep)

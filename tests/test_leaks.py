@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -16,10 +14,12 @@ from torch.distributed.tensor import DTensor
 
 import fabric_tp
 from fabric_tp.strategy.optimizer import local
+from tests.fabric import as_under_torchrun
 from tests.models import LENGTH, VOCABULARY, build
-from tests.parallelize.test_parallelize import fabric_on_this_rank, torchrun_environment
+from tests.parallelize.test_parallelize import fabric_on_this_rank
 
 STEPS, WARM_UP, BATCH = 30, 5, 2
+CORE = [((1, 2), "none", 1), ((1, 2), "selective", 3), ((2, 1), "full", 3)]
 
 
 def train(
@@ -33,7 +33,7 @@ def train(
         "tensor of a number": lambda loss: loss.detach().clone(),
         "object": lambda loss: [[]],
     }
-    with mock.patch.dict(os.environ, torchrun_environment()):
+    with as_under_torchrun():
         fabric = fabric_on_this_rank(sizes, fabric_tp.litgpt(**options), None)
         model = fabric.setup(build("Llama-3-8B"))
         optimizer = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), lr=1e-3))
@@ -72,6 +72,7 @@ def alive() -> Counter:
     return counts
 
 
+@pytest.mark.swept(lambda p: (p["sizes"], p["activation_checkpointing"], p["accumulate"]) not in CORE)
 @pytest.mark.parametrize(("accumulate", "clip"), [(1, False), (3, True)], ids=["plain", "accumulated and clipped"])
 @pytest.mark.parametrize("activation_checkpointing", ["none", "full", "selective"])
 @pytest.mark.parametrize("sizes", [(1, 2), (2, 1)], ids=str)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from tests.fabric import torchrun_environment
+from tests.fabric import as_under_torchrun
 
 BLOCKS = re.findall(r"```python\n(.*?)```", Path(__file__).parents[1].joinpath("README.md").read_text(), re.DOTALL)
 
@@ -29,7 +27,7 @@ def train() -> float:
         assert shown in script, f"the README no longer says {shown}"
         script = script.replace(shown, here)
     names: dict[str, Any] = {"dataloader": DataLoader(torch.arange(34).view(2, 17).repeat(3, 1), batch_size=2)}
-    with mock.patch.dict(os.environ, torchrun_environment()):
+    with as_under_torchrun():
         exec(script, names)
     return float(names["loss"])
 

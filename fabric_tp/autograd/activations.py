@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fabric_tp import _torch
-from fabric_tp.autograd.recompute import Remakes, recomputed, release, saved
+from fabric_tp.autograd.recompute import Recomputable, recomputed_by_compiler, release, saved
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
@@ -23,20 +23,26 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 def activated(x: Tensor, activation: Activation) -> Tensor:
-    """``activation(x)``, which keeps ``x`` only."""
+    """``activation(x)`` of ``x`` ``(...)``, which keeps ``x`` only."""
     if torch.compiler.is_compiling():
-        return recomputed(ACTIVATIONS[activation], x)
+        return recomputed_by_compiler(ACTIVATIONS[activation], x)
     return _Activated.apply(x, activation)
 
 
 def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
-    """``activation(gate) * up`` (Shazeer, 2020, "GLU Variants Improve Transformer"), which keeps its inputs only."""
+    """``activation(gate) * up`` (Shazeer, "GLU Variants Improve Transformer", 2020), which keeps its inputs only.
+
+    Args:
+        gate: ``(..., f)``.
+        up: ``(..., f)``, of the same dtype.
+        activation: A key of :data:`ACTIVATIONS`.
+    """
     if torch.compiler.is_compiling():
-        return recomputed(_gated, gate, up, activation)
+        return recomputed_by_compiler(_gated, gate, up, activation)
     return _Gated.apply(gate, up, activation)
 
 
-class _Activated(Remakes):
+class _Activated(Recomputable):
     @staticmethod
     def forward(ctx: Any, x: Tensor, activation: Activation) -> Tensor:
         ctx.activation = activation
@@ -44,7 +50,7 @@ class _Activated(Remakes):
         return ACTIVATIONS[activation](x)
 
     @staticmethod
-    def remake(ctx: Any) -> Tensor:
+    def recompute(ctx: Any) -> Tensor:
         return ACTIVATIONS[ctx.activation](*saved(ctx))
 
     @staticmethod
@@ -52,7 +58,7 @@ class _Activated(Remakes):
         return _torch.activation_backward(ctx.activation, grad, *release(ctx)), None
 
 
-class _Gated(Remakes):
+class _Gated(Recomputable):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         ctx.activation = activation
@@ -60,7 +66,7 @@ class _Gated(Remakes):
         return _gated(gate, up, activation)
 
     @staticmethod
-    def remake(ctx: Any) -> Tensor:
+    def recompute(ctx: Any) -> Tensor:
         gate, up = saved(ctx)
         return _gated(gate, up, ctx.activation)
 

@@ -27,7 +27,7 @@ CHUNK = {"cpu": 2**17, "cuda": 2**25}
 
 @dataclass(frozen=True)
 class Mask:
-    """Which elements of a local tensor are dropped."""
+    """The elements of a local tensor that are dropped."""
 
     rate: float
     """Share of the elements that is dropped, between 0 and 1."""
@@ -36,26 +36,31 @@ class Mask:
     first: int = 0
     """Number of the sample in row 0 of dim 0."""
     stride: int = 1
-    """From the number of one sample to that of the next."""
+    """Step from the number of one sample to that of the next."""
     shard_dim: int | None = None
     """The dimension of which this rank has a part, if there is one."""
     shard_rank: int = 0
-    """Which part: all are equally long."""
+    """Number of the part: all are equally long."""
 
     def offset(self, shape: torch.Size, dim: int) -> int:
         return self.shard_rank * shape[dim] if dim == self.shard_dim else 0
 
 
 def dropout(x: Tensor, mask: Mask, *, inplace: bool = False) -> Tensor:
-    """``x`` (n, ...) with the mask's elements set to zero and all others divided by ``1 - rate``.
+    """``x`` with the mask's elements set to zero and all others divided by ``1 - rate``.
 
     Keeps nothing for the backward, which computes the mask again.
+
+    Args:
+        x: ``(n, ...)``.
+        mask: The elements to drop, of a tensor of this shape.
+        inplace: Write into ``x`` and return it.
     """
     return _Dropout.apply(x, mask, inplace)
 
 
 def dropped(shape: torch.Size, mask: Mask, device: torch.device) -> Tensor:
-    """Whether each element of a tensor of this shape (n, ...) is dropped, as booleans."""
+    """Booleans of this shape ``(n, ...)``: whether each element is dropped."""
     rows = _row_keys(shape, mask, device)
     return torch.cat([part for _, part in _dropped(rows, _last_keys(shape, mask, device), mask.rate)]).view(shape)
 
@@ -87,7 +92,7 @@ def _drop(x: Tensor, mask: Mask) -> Tensor:
 
 
 def _dropped(rows: Tensor, last: Tensor, rate: float) -> Iterator[tuple[slice, Tensor]]:
-    """Chunks of rows, and which of their elements are dropped; from the rows' keys (n, 2) and the last dim's (m,)."""
+    """Chunks of rows, and whether their elements are dropped; from the rows' keys (n, 2) and the last dim's (m,)."""
     threshold = min(round(rate * 2**32), 2**32 - 1) - 2**31
     step = max(1, CHUNK.get(rows.device.type, CHUNK["cuda"]) // len(last))
     for start in range(0, len(rows), step):

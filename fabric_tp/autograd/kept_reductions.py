@@ -14,69 +14,76 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fabric_tp.autograd.recompute import Remakes, maker_of, saved
+from fabric_tp.autograd.recompute import Recomputable, let_go, producer_of, saved
 
 
-class _Pass(threading.local):
-    """The results of the block that is being computed in this thread: added to one, or taken from one."""
+class _Results(threading.local):
+    """Results of the block that is being computed in this thread: where to add one, or where to take one from."""
 
     kept: list[Tensor] | None = None
     taken: Iterator[Tensor] | None = None
 
 
-_pass = _Pass()
+_results = _Results()
 
 
 class _Setting(AbstractContextManager[None]):
-    """Within it, an attribute of this thread's pass has what ``value`` returns; it may be entered again."""
+    """A time in which an attribute of this thread's results has what ``value`` returns; it may be entered again."""
 
     def __init__(self, name: str, value: Callable[[], Any]) -> None:
         self.name, self.value = name, value
 
     def __enter__(self) -> None:
-        self.before = getattr(_pass, self.name)
-        setattr(_pass, self.name, self.value())
+        self.before = getattr(_results, self.name)
+        setattr(_results, self.name, self.value())
 
     def __exit__(self, *error: object) -> None:
-        setattr(_pass, self.name, self.before)
+        setattr(_results, self.name, self.before)
 
 
 def kept_reductions() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Contexts for the forward of a block and for its recomputation, in which :func:`reduction` keeps and takes."""
+    """Contexts for the forward of a block and for its recomputation, in which :func:`reduction` keeps and takes.
+
+    They are what ``torch.utils.checkpoint``'s ``context_fn`` is to return, by themselves or with others around them.
+    """
     results: list[Tensor] = []
     return _Setting("kept", lambda: results), _Setting("taken", lambda: iter(results))
 
 
-def reduction(make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """``make(*inputs)``, a sum over the ranks, or its result from the first time this block was computed.
+def reduction(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """``function(*inputs)``, a sum over the ranks, or its result from the first time this block was computed.
 
     Args:
-        make: Must keep nothing for the backward but ``inputs``, which it then need not keep itself.
-        inputs: What the backward needs, and the recomputation therefore has to provide.
+        function: What computes the sum. It must keep nothing for the backward but ``inputs``, which it then need not
+            keep itself.
+        inputs: ``(..., n)``, what the backward needs and the recomputation therefore has to provide.
     """
-    keeping = _pass.kept is not None or _pass.taken is not None
+    keeping = _results.kept is not None or _results.taken is not None
     if torch.compiler.is_compiling() or not keeping or not all(x.requires_grad for x in inputs):
-        return make(*inputs)
-    inputs = tuple(x if maker_of(x) is not None else _Keep.apply(x) for x in inputs)
-    if _pass.taken is not None:
-        return next(_pass.taken).detach().requires_grad_()
-    result = make(*inputs)
-    assert _pass.kept is not None
-    _pass.kept.append(result.detach())
+        return function(*inputs)
+    inputs = tuple(x if producer_of(x) is not None else _Keep.apply(x) for x in inputs)
+    if _results.taken is not None:
+        return next(_results.taken).detach().requires_grad_()
+    result = function(*inputs)
+    assert _results.kept is not None
+    _results.kept.append(result.detach())
     return result
 
 
-class _Keep(Remakes):
+class _Keep(Recomputable):
+    """Keeps a tensor, for the function that takes it next: what is recomputed is what was kept."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
+        ctx.version = x._version
         return x.view_as(x)
 
     @staticmethod
-    def remake(ctx: Any) -> Tensor:
+    def recompute(ctx: Any) -> Tensor:
         return saved(ctx)[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        ctx.held = None
+        let_go(ctx)
         return grad

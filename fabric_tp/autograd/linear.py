@@ -1,14 +1,54 @@
-"""Linear layers that keep no copy of an input that can be made again, and the inputs that several of them share.
+"""Linear layers that keep no copy of an input that can be recomputed, and the inputs that several of them share.
 
-Of a column-wise layer ``y = x W^T`` the gradient of W needs the whole input x, that of x does not. So the shard of x
-(or what a norm made it from) is all that stays, and the backward goes
+Of a column-wise layer ``y = e W^T`` the gradient of W needs the whole input e, that of e does not. So the shard x that
+e was gathered from (or what a norm made x from) is all that stays, and the backward gathers it again beside one matrix
+product and sums the gradient of e over the ranks beside another (Korthikanti et al., 2022, section 4.2.2).
 
-1. start to gather x again,
-2. the gradients of x, ``dy W``, of the layers that share it; start to sum them over the ranks,
-3. wait for x; the gradients of W, ``dy^T x``,
-4. wait for the sum,
+Two autograd functions bend autograd's contract for this, by agreement: :class:`_Linear` does not return the gradient of
+an e that :class:`_Enter` returned. It adds to the gradient G in :class:`SharedInput`, where ``_Enter`` finds the sum.
+Two layers, A before B, with sequence parallelism:
 
-with communication and products side by side (Korthikanti et al., 2022, section 4.2.2).
+========  ==================  ======================  ======================  ================
+node      issued              gradient of the input   gradient of the weight  waited for
+========  ==================  ======================  ======================  ================
+forward
+Enter     gather of x                                                         e
+A         A(e), uses = 1
+B         B(e), uses = 2
+backward
+B         gather of x         G = dB W_B, done = 1                            e
+B                                                     dW_B = dB^T e
+A                             G += dA W_A, done = 2
+A         sum of G, G freed                           dW_A = dA^T e, e freed
+Enter                         dx                                              dx, the sum of G
+========  ==================  ======================  ======================  ================
+
+What holds, each with a test of its name:
+
+1.  *Enter comes last.* Autograd runs a node once all nodes of this backward that took its output have run, whatever
+    they returned. So each part of G is there when ``_Enter`` is asked for the gradient of x.
+2.  *The counter decides when, not what.* ``uses`` counts the layers that took e in the forward, ``done`` those that
+    this backward has come to. When they are equal the sum starts, before the last gradient of a weight. Where they
+    never are, since a layer does not reach the loss or ran under ``no_grad``, ``_Enter`` starts it.
+3.  *Backwards are apart.* What is shared belongs to the backward of one number. The next one over the same graph (which
+    was retained, has two losses, or ended in an exception) starts from nothing.
+4.  *Without Enter nothing is shared.* A backward that does not come to ``_Enter`` (``torch.autograd.grad`` of weights)
+    computes no G and no sum, and each layer recomputes e for itself.
+5.  *Others go through autograd.* All else that uses e returns its gradient as usual, layers whose weights are frozen
+    too: they have no product to run beside the sum. ``_Enter`` sums what autograd hands it by itself: two sums at most.
+6.  *Who watches e sees its gradient.* Layers that take an e with hooks, or whose gradient is retained, return theirs.
+    Otherwise autograd knows of those in 5 only, so that ``torch.autograd.grad`` with respect to e does not work.
+7.  *A node in between makes a layer a plain one.* Behind a view, an operation in place or a module's backward hook
+    there is no ``_Enter`` to be found: the layer keeps its input and returns its gradient.
+8.  *Weights are kept by reference.* Saved tensors are counted by activation checkpointing, whose recomputation stops at
+    the last one: a weight would make it run the layer's product. Autograd therefore does not check whether a weight was
+    changed in place, and the backward compares versions itself.
+9.  *What Enter saved is taken once.* Activation checkpointing gives it out once in a backward; see :func:`saved`.
+10. *Nothing whole outlives its use.* e is freed after the last gradient of a weight, G once its sum was issued.
+11. *Gradients have their tensors' dtypes.* Products are in that of ``dy``, lower than those of e and W under autocast.
+    Parts of G are added up in e's; autograd casts the gradient of W.
+12. *There are no second derivatives.* Sums and gathers are not in the graph: ``create_graph=True`` is refused.
+13. *The compiler sees plain operators* and neither function: it decides by itself what is recomputed, and when.
 """
 
 from __future__ import annotations
@@ -31,88 +71,107 @@ from fabric_tp.autograd.collectives import (
     start_reduce_scatter,
     traceable_gather,
 )
-from fabric_tp.autograd.recompute import Remakes, maker_of, recomputed, release, remake, saved
+from fabric_tp.autograd.recompute import Recomputable, let_go, producer_of, recompute, recomputed_by_compiler, saved
 
 
 def enter(x: Tensor, group: Group, *, sequence: bool) -> Tensor:
     """The whole input of sharded linear layers, of which each rank computes a part of the gradient.
 
     Args:
-        x: ``(b, s/t, h)`` if ``sequence``, else ``(b, s, h)``. It is what is kept, unless it can be made again itself.
+        x: ``(b, s/t, h)`` if ``sequence``, else ``(b, s, h)``. It is what is kept, unless it can be recomputed itself.
         group: The tensor-parallel ranks; more than one.
         sequence: Gather it forward, and again in the backward, and scatter its gradient. Otherwise it is whole already.
 
     Returns:
-        ``(b, s, h)``, for :func:`linear`.
+        ``(b, s, h)``, for :func:`linear`. Hooks on it must be there before the layers take it.
+
+    Raises:
+        ValueError: In the backward, if second derivatives are asked for.
     """
     if torch.compiler.is_compiling():
-        return recomputed(traceable_gather, x, group) if sequence else copy(x, group)
-    maker = maker_of(x)
-    if maker is None and not sequence:  # nothing to make again: the layers keep it, if they train
+        return recomputed_by_compiler(traceable_gather, x, group) if sequence else copy(x, group)
+    producer = producer_of(x)
+    if producer is None and not sequence:  # nothing to recompute: the layers keep it, if they train
         return copy(x, group)
-    return _Enter.apply(x, group, sequence, maker)
+    return _Enter.apply(x, group, sequence, producer)
 
 
 def linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None] = ()) -> Tensor:
     """``torch.nn.functional.linear`` with a weight that is put together from parts, rows after rows.
 
-    Neither the whole weight is kept for the backward nor, if it can be made again, ``x``.
+    Neither the whole weight is kept for the backward nor, if it can be recomputed, ``x``.
 
     Args:
         x: ``(..., h)``.
         weights: Each ``(f, h)``. They must be parameters, or else memory that somebody holds anyway.
         biases: Each ``(f,)``; as many as weights, or none.
+
+    Returns:
+        ``(..., f)``, with the f of all parts together.
+
+    Raises:
+        RuntimeError: In the backward, if a weight was changed in place since the forward.
     """
     there = [bias for bias in biases if bias is not None]
     if torch.compiler.is_compiling():
-        weight = weights[0] if len(weights) == 1 else recomputed(torch.cat, list(weights))
-        return F.linear(x, weight, _cat(there) if there else None)
-    if maker_of(x) is None and len(weights) == 1:
-        return F.linear(x, *_whole(weights, there))
-    return _Linear.apply(x, maker_of(x), len(weights), *weights, *there)
+        weight = weights[0] if len(weights) == 1 else recomputed_by_compiler(torch.cat, list(weights))
+        return F.linear(x, weight, _joined(there) if there else None)
+    producer = producer_of(x)
+    if producer is None and len(weights) == 1:
+        return F.linear(x, weights[0], *there)
+    return _Linear.apply(x, producer, len(weights), *weights, *there)
 
 
-class _Passage:
-    """What becomes of an input that entered, in one backward."""
+class SharedInput:
+    """An input that several layers took: what they have done about its gradient in the backward that is running."""
 
     def __init__(self) -> None:
         self.uses = 0
-        """Linear layers that took it, and that the backward is going to come to."""
+        """Layers with a weight that trains which took it."""
         self.backward = -1
+        self.clear()
 
     def begin(self) -> None:
+        """Start from nothing, if this backward is another one than that which was here last."""
         if self.backward != _torch.current_backward():
             self.backward = _torch.current_backward()
-            self.done = 0
-            self.input: Callable[[], Tensor] | None = None
-            self.grad: Tensor | None = None
-            self.sum: Callable[[], Tensor] | None = None
+            self.clear()
+
+    def clear(self) -> None:
+        self.done = 0
+        self.input: Callable[[], Tensor] | None = None
+        """Waits for it."""
+        self.grad: Tensor | None = None
+        """``(b, s, h)``, this rank's part."""
+        self.sum: Callable[[], Tensor] | None = None
+        """Waits for the gradient's sum over the ranks."""
 
 
-class _Enter(Remakes):
+class _Enter(Recomputable):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, sequence: bool, maker: Any) -> Tensor:
-        ctx.group, ctx.sequence, ctx.maker, ctx.passage = group, sequence, maker, _Passage()
+    def forward(ctx: Any, x: Tensor, group: Group, sequence: bool, producer: Any) -> Tensor:
+        ctx.group, ctx.sequence, ctx.producer, ctx.shared_input = group, sequence, producer, SharedInput()
         ctx.set_materialize_grads(False)
-        if maker is None:
+        if producer is None:
             ctx.save_for_backward(x)
-        return start_gather(x, SEQUENCE_DIM, group.size, group.name)() if sequence else x.view_as(x)
+        entered = start_gather(x, SEQUENCE_DIM, group.size, group.name)() if sequence else x.view_as(x)
+        ctx.version = entered._version
+        return entered
 
     @staticmethod
-    def remake(ctx: Any) -> Tensor:
+    def recompute(ctx: Any) -> Tensor:
         return _start_input(ctx)()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None, None]:
-        if ctx.maker is None:
-            release(ctx)
-        passage = ctx.passage
-        passage.begin()
-        if passage.grad is not None:  # not all the layers that took the input were in this backward
-            grad = passage.grad if grad is None else passage.grad.add_(grad)
-        parts = [wait() for wait in (passage.sum, None if grad is None else _start_sum(ctx, grad)) if wait]
-        passage.input = passage.grad = passage.sum = None
-        passage.backward = -1
+        _refuse_second_derivatives()
+        let_go(ctx)
+        shared = ctx.shared_input
+        shared.begin()
+        if shared.grad is not None:  # not all the layers that took the input were in this backward
+            grad = shared.grad if grad is None else shared.grad.add_(grad)
+        parts = [wait() for wait in (shared.sum, None if grad is None else _start_sum(ctx, grad)) if wait]
+        shared.clear()
         return (sum(parts[1:], parts[0]) if parts else None), None, None, None
 
 
@@ -123,81 +182,97 @@ def _start_sum(ctx: Any, grad: Tensor) -> Callable[[], Tensor]:
 
 
 def _start_input(ctx: Any) -> Callable[[], Tensor]:
-    x = remake(ctx.maker) if ctx.maker is not None else saved(ctx)[0]
+    _refuse_second_derivatives()
+    x = recompute(ctx.producer) if ctx.producer is not None else saved(ctx)[0]
     return start_gather(x, SEQUENCE_DIM, ctx.group.size, ctx.group.name) if ctx.sequence else lambda: x
+
+
+def _refuse_second_derivatives() -> None:
+    if torch.is_grad_enabled():  # which it is within a backward with create_graph=True only
+        raise ValueError(
+            "create_graph=True asks for second derivatives, and the input of tensor-parallel layers has none: gathers"
+            " and sums over the ranks are not part of the backward's graph. Compute them on one device."
+        )
 
 
 class _Linear(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, maker: Any, count: int, *tensors: Tensor) -> Tensor:
-        ctx.maker, ctx.count, ctx.dtype, ctx.shape = maker, count, x.dtype, x.shape
-        # Saved tensors are counted by activation checkpointing, which would run this product again for the last one.
-        ctx.weights = tensors[:count]
-        ctx.versions = [weight._version for weight in ctx.weights]
+    def forward(ctx: Any, x: Tensor, producer: Any, count: int, *tensors: Tensor) -> Tensor:
+        weights, biases = tensors[:count], tensors[count:]
+        ctx.producer, ctx.dtype, ctx.shape = producer, x.dtype, x.shape
+        ctx.weights, ctx.versions = weights, [weight._version for weight in weights]
         ctx.trains = any(ctx.needs_input_grad[3 : 3 + count])
-        ctx.entered = ctx.trains and maker is not None and maker._forward_cls is _Enter
-        if ctx.entered:
-            maker.passage.uses += 1
-        if maker is None and ctx.trains:
+        ctx.shared_input = _shared_input(x, producer) if ctx.trains else None
+        if ctx.shared_input is not None:
+            ctx.shared_input.uses += 1
+        if producer is None and ctx.trains:
             ctx.save_for_backward(x)
-        return F.linear(x, *_whole(tensors[:count], tensors[count:]))
+        return F.linear(x, _joined(weights), _joined(biases) if biases else None)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.versions != [weight._version for weight in ctx.weights]:
-            raise RuntimeError("A weight was changed in place between the forward and the backward that needs it.")
-        rows = grad.flatten(0, -2)
-        x_grad = None
-        if ctx.needs_input_grad[0] and not ctx.entered:
-            x_grad = (rows @ _joined(ctx.weights, grad.dtype)).to(ctx.dtype).view(ctx.shape)
-        weight_grads: Sequence[Tensor | None] = [None] * ctx.count
+        rows = _rows(grad)
+        x_grad, x = None, None
+        if ctx.shared_input is None:
+            if ctx.needs_input_grad[0]:
+                x_grad = _input_gradient(ctx, rows)
+        elif _torch.comes_to(ctx.producer):
+            x = _share_gradient(ctx, rows)
+        weight_grads: Sequence[Tensor | None] = [None] * len(ctx.weights)
         if ctx.trains:
-            x = _pass(ctx, rows) if ctx.entered else _input(ctx)
-            weight_grads = (rows.t() @ x.flatten(0, -2).to(grad.dtype)).split([len(weight) for weight in ctx.weights])
+            if x is None:
+                x = ctx.saved_tensors[0] if ctx.producer is None else recompute(ctx.producer)
+            weight_grads = (rows.t() @ _rows(x).to(rows.dtype)).split([len(weight) for weight in ctx.weights])
         return x_grad, None, None, *weight_grads, *_bias_grads(ctx, rows)
 
 
-def _input(ctx: Any) -> Tensor:
-    return ctx.saved_tensors[0] if ctx.maker is None else remake(ctx.maker)
+def _shared_input(x: Tensor, producer: Any) -> SharedInput | None:
+    if producer is None or _torch.function_of(producer) is not _Enter or _torch.is_watched(x):
+        return None
+    return producer.shared_input
 
 
-def _pass(ctx: Any, rows: Tensor) -> Tensor:
-    """Add to the gradient of an input that entered, start its sum if this is the last part of it; return the input."""
-    passage = ctx.maker.passage
-    passage.begin()
-    if passage.input is None:
-        passage.input = _start_input(ctx.maker)
-    weight = _joined(ctx.weights, rows.dtype)
-    if passage.grad is None:
-        passage.grad = (rows @ weight).to(ctx.dtype).view(ctx.shape)
+def _share_gradient(ctx: Any, rows: Tensor) -> Tensor:
+    """Add to the gradient of a shared input, start its sum if this is the last part of it; return the input."""
+    shared = ctx.shared_input
+    shared.begin()
+    if shared.input is None:
+        shared.input = _start_input(ctx.producer)
+    if shared.grad is None:
+        shared.grad = _input_gradient(ctx, rows)
     elif rows.dtype == ctx.dtype:
-        passage.grad.flatten(0, -2).addmm_(rows, weight)
+        _rows(shared.grad).addmm_(rows, _weight(ctx, rows.dtype))
     else:
-        passage.grad.add_((rows @ weight).view(ctx.shape))
-    del weight
-    passage.done += 1
-    last = passage.done == passage.uses
+        _rows(shared.grad).add_(rows @ _weight(ctx, rows.dtype))
+    shared.done += 1
+    last = shared.done == shared.uses
     if last:
-        passage.sum, passage.grad = _start_sum(ctx.maker, passage.grad), None
-    x = passage.input()
-    passage.input = None if last else lambda: x
+        shared.sum, shared.grad = _start_sum(ctx.producer, shared.grad), None
+    x = shared.input()
+    shared.input = None if last else lambda: x
     return x
 
 
+def _input_gradient(ctx: Any, rows: Tensor) -> Tensor:
+    return (rows @ _weight(ctx, rows.dtype)).to(ctx.dtype).view(ctx.shape)
+
+
+def _weight(ctx: Any, dtype: torch.dtype) -> Tensor:
+    if ctx.versions != [weight._version for weight in ctx.weights]:
+        raise RuntimeError("A weight was changed in place between the forward and the backward that needs it.")
+    return _joined(ctx.weights).to(dtype)
+
+
 def _bias_grads(ctx: Any, rows: Tensor) -> Sequence[Tensor | None]:
-    needed = ctx.needs_input_grad[3 + ctx.count :]
+    needed = ctx.needs_input_grad[3 + len(ctx.weights) :]
     if not any(needed):
         return [None] * len(needed)
     return rows.sum(0).split([len(weight) for weight in ctx.weights])
 
 
-def _whole(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    return _cat(weights), _cat(biases) if biases else None
-
-
-def _joined(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    return _cat(weights).to(dtype)
-
-
-def _cat(tensors: Sequence[Tensor]) -> Tensor:
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])

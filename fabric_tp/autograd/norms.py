@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fabric_tp import _torch
-from fabric_tp.autograd.recompute import Remakes, release, saved
+from fabric_tp.autograd.recompute import Recomputable, release, saved
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, unit_offset: bool = False) -> Tensor:
@@ -22,28 +22,32 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, unit_offset: bool 
         weight: ``(h,)``, or None for one.
         eps: Added to the mean square.
         unit_offset: Multiply with ``1 + weight``, as Gemma does.
+
+    Returns:
+        ``(..., h)``, of the dtype of ``x``.
     """
-    if torch.compiler.is_compiling():  # which makes it again without being told, if only a shard of it is needed
+    if torch.compiler.is_compiling():  # which recomputes it without being told, if only a shard of it is needed
         return _normalise(x, _inverse_root_mean_square(x, eps), _scale(weight, unit_offset))
     return _RMSNorm.apply(x, weight, eps, unit_offset)
 
 
-class _RMSNorm(Remakes):
+class _RMSNorm(Recomputable):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool) -> Tensor:
-        ctx.unit_offset = unit_offset
+        ctx.eps, ctx.unit_offset = eps, unit_offset
         inverse = _inverse_root_mean_square(x, eps)
         ctx.save_for_backward(x, inverse, weight)
         return _normalise(x, inverse, _scale(weight, unit_offset))
 
     @staticmethod
-    def remake(ctx: Any) -> Tensor:
+    def recompute(ctx: Any) -> Tensor:
         x, inverse, weight = saved(ctx)
-        return _normalise(x, inverse, _scale(weight, ctx.unit_offset))
+        return _normalise(x, _differentiable(inverse, x, ctx.eps), _scale(weight, ctx.unit_offset))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, inverse, weight = release(ctx)
+        inverse = _differentiable(inverse, x, ctx.eps)
         normed, exact = x.float() * inverse, grad.float()
         weight_grad = None
         if ctx.needs_input_grad[1]:
@@ -52,6 +56,11 @@ class _RMSNorm(Remakes):
             exact = exact * scale
         x_grad = (exact - normed * (exact * normed).mean(-1, keepdim=True)).mul_(inverse)
         return x_grad.to(x.dtype), weight_grad, None, None
+
+
+def _differentiable(inverse: Tensor, x: Tensor, eps: float) -> Tensor:
+    """The inverse that was kept, or with ``create_graph=True`` the same as a function of ``x``."""
+    return _inverse_root_mean_square(x, eps) if torch.is_grad_enabled() else inverse
 
 
 def _inverse_root_mean_square(x: Tensor, eps: float) -> Tensor:
@@ -71,13 +80,24 @@ def _normalise(x: Tensor, inverse: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def layer_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """``torch.nn.functional.layer_norm``, which keeps its input only: mean and deviation are computed again."""
+    """``torch.nn.functional.layer_norm``, which keeps its input only: mean and deviation are recomputed.
+
+    Args:
+        x: ``(..., *shape)``.
+        shape: Of what is normalised together.
+        weight: ``shape``, or None for one.
+        bias: ``shape``, or None for zero.
+        eps: Added to the variance.
+
+    Returns:
+        ``(..., *shape)``, of the dtype that torch's has.
+    """
     if torch.compiler.is_compiling():
         return F.layer_norm(x, shape, weight, bias, eps)
     return _LayerNorm.apply(x, weight, bias, shape, eps)
 
 
-class _LayerNorm(Remakes):
+class _LayerNorm(Recomputable):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...], eps: float
@@ -88,7 +108,7 @@ class _LayerNorm(Remakes):
         return y
 
     @staticmethod
-    def remake(ctx: Any) -> Tensor:
+    def recompute(ctx: Any) -> Tensor:
         x, weight, bias = saved(ctx)
         return F.layer_norm(x.to(ctx.dtype), ctx.shape, weight, bias, ctx.eps)
 

@@ -1,8 +1,8 @@
-"""Tensors that are made again in the backward instead of being kept for it.
+"""Tensors that are recomputed in the backward instead of being kept for it.
 
 Autograd keeps a matrix product's input for the gradient of the weight. Where that input is the output of a function
 that keeps all it needs anyway (a norm its own input, an activation the linear layers' outputs), it need not be kept as
-well: :class:`Remakes` is such a function, and :func:`maker_of` finds it in the graph behind a tensor.
+well: :class:`Recomputable` is such a function, and :func:`producer_of` finds it in the graph behind a tensor.
 """
 
 from __future__ import annotations
@@ -17,42 +17,60 @@ from torch.utils.checkpoint import checkpoint
 from fabric_tp import _torch
 
 
-class Remakes(Function):
-    """An autograd function whose output can be made again, during the backward, from what it has saved."""
+class Recomputable(Function):
+    """An autograd function whose output can be recomputed, during the backward, from what it has saved.
+
+    A forward whose output is not of version 0 stores the version as ``ctx.version``.
+    """
 
     @staticmethod
-    def remake(ctx: Any) -> Tensor:
+    def recompute(ctx: Any) -> Tensor:
+        """Compute the forward's output again, from :func:`saved`."""
         raise NotImplementedError
 
 
-def maker_of(x: Tensor) -> Any:
-    """The node of the autograd graph that can make ``x`` again, or None.
+def producer_of(x: Tensor) -> Any:
+    """Node of the autograd graph that can recompute ``x``, or None.
 
-    An operation in place on ``x`` puts another node there, so that what is made again is always what ``x`` was.
+    What is recomputed is what ``x`` is now: an operation in place puts another node there, or, under ``no_grad``, gives
+    ``x`` another version.
     """
-    function = _torch.function_of(x)
-    return x.grad_fn if function is not None and issubclass(function, Remakes) else None
+    node = x.grad_fn
+    function = _torch.function_of(node)
+    if function is None or not issubclass(function, Recomputable):
+        return None
+    return node if x._version == getattr(node, "version", 0) else None
 
 
-def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """``function(*inputs)``, for the compiler: it sees no nodes of a graph, but does know what is to be made again."""
+def recompute(producer: Any) -> Tensor:
+    """Compute again what a node that :func:`producer_of` found has returned."""
+    return _torch.function_of(producer).recompute(producer)
+
+
+def recomputed_by_compiler(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """``function(*inputs)``, of which the compiler keeps the inputs: it sees no nodes, but does know checkpoints."""
     return checkpoint(function, *inputs, use_reentrant=False)
 
 
-def remake(maker: Any) -> Tensor:
-    return maker._forward_cls.remake(maker)
-
-
 def saved(ctx: Any) -> tuple[Any, ...]:
-    """What a node has saved. The nodes after it ask first, and activation checkpointing gives it out only once."""
+    """Tensors that a node has saved, taken once in a backward: activation checkpointing gives them out only once.
+
+    The nodes after it ask first; it holds them until its own backward, which is the last to ask, lets them go.
+    """
+    backward = _torch.current_backward()
     held = getattr(ctx, "held", None)
-    if held is None:
-        held = ctx.held = ctx.saved_tensors
-    return held
+    if held is None or held[0] != backward:
+        held = ctx.held = (backward, ctx.saved_tensors)
+    return held[1]
 
 
 def release(ctx: Any) -> tuple[Any, ...]:
-    """The same, for the node's own backward, which is the last to ask."""
+    """Tensors that a node has saved, for its own backward."""
     tensors = saved(ctx)
-    ctx.held = None
+    let_go(ctx)
     return tensors
+
+
+def let_go(ctx: Any) -> None:
+    """Hold nothing for nodes after this one any more."""
+    ctx.held = None

@@ -1,4 +1,4 @@
-"""Where in a run a model is, which decides its random masks."""
+"""A model's position in a run, which decides its random masks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fabric_tp.autograd.dropout import Mask
 from fabric_tp.seeds import mix
 
 FORWARDS = 16
-"""So many forwards of the model may wait for their backward at once, where activations are checkpointed."""
+"""Forwards of the model that may wait for their backward at once, where activations are checkpointed."""
 
 
 @dataclass
@@ -29,13 +29,18 @@ class Forward:
     batch: int = 0
     """Samples on each data-parallel rank."""
     calls: dict[str, int] = field(default_factory=dict)
-    """How often each module was called."""
+    """Calls of each module."""
     records: dict[int, int] = field(default_factory=dict)
-    """For the number that each call drew, how many calls of the same module came before it."""
+    """Calls of the same module that came before a call, for the number that this one drew."""
 
 
 class RunPosition:
-    """Where in the run a model is: what its random masks depend on, besides the seed and the modules' names.
+    """Position of a model in the run: what its random masks depend on, besides the seed and the modules' names.
+
+    Args:
+        seed: Of the run.
+        data_parallel_rank: Of this rank's samples.
+        data_parallel_size: Ranks that each take as many samples.
 
     Sample i of a training forward on data-parallel rank r of d has the number ``samples + i * d + r``, if ``samples``
     came before it in the whole run. This is how distributed samplers deal samples out, so that a sample has the same
@@ -90,7 +95,18 @@ class RunPosition:
         return forward, number
 
     def mask(self, name: str, rate: float, x: Tensor, shard_dim: int | None, shard_rank: int) -> Mask:
-        """The mask for this call of a module, whose input ``x`` has samples, the same on all ranks, in dim 0."""
+        """The mask for this call of a module.
+
+        Args:
+            name: Of the module.
+            rate: Share of the elements to drop.
+            x: ``(b, ...)``, this rank's part of the module's input: samples, the same on all tensor-parallel ranks.
+            shard_dim: The dimension of ``x`` of which each tensor-parallel rank has a part, if there is one.
+            shard_rank: Which part.
+
+        Raises:
+            ValueError: As for :meth:`call`.
+        """
         forward, number = self.call(name)
         if x.shape[0] == forward.batch:
             key = mix(self.seed, name, number)
@@ -102,7 +118,11 @@ class RunPosition:
 
     @contextmanager
     def seeded(self, name: str, device: torch.device, tensor_parallel_rank: int) -> Iterator[None]:
-        """Run something with torch's generators in a state of this call's own, on this rank; then restore theirs."""
+        """Run something with torch's generators in a state of this call's own, on this rank; then restore theirs.
+
+        Raises:
+            ValueError: As for :meth:`call`.
+        """
         forward, number = self.call(name)
         seed = mix(self.seed, name, number, forward.first, self.data_parallel_rank, tensor_parallel_rank)
         devices = [device] if device.type != "cpu" else []

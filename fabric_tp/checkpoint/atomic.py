@@ -22,6 +22,11 @@ def replacing(path: Path, *, moves: bool, barrier: Callable[[], None]) -> Iterat
         path: A file or a directory, which may exist.
         moves: This rank moves files: the first one on the disk.
         barrier: Waits for all ranks.
+
+    Example::
+
+        with replacing(path, moves=fabric.is_global_zero, barrier=fabric.barrier) as unfinished:
+            fabric_tp.checkpoint.litgpt.save(model, unfinished / "lit_model.pth")
     """
     unfinished, replaced = path.with_name(f".{path.name}.unfinished"), path.with_name(f".{path.name}.replaced")
     if moves:

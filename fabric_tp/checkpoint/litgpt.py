@@ -18,6 +18,10 @@ def save(model: nn.Module, path: str | Path) -> None:
 
     All ranks must call it; the first writes. One whole tensor at a time is on the device. The file appears under its
     name when it is complete.
+
+    Example::
+
+        fabric_tp.checkpoint.litgpt.save(model, "out/final/lit_model.pth")
     """
     path = Path(path)
     state: dict[str, Tensor] = {}
@@ -38,6 +42,10 @@ def load(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         ValueError: The file is missing, lacks a tensor, has one too many, or one of another shape.
+
+    Example::
+
+        fabric_tp.checkpoint.litgpt.load(model, "checkpoints/meta-llama/Llama-3.2-1B/lit_model.pth")
     """
     path = Path(path)
     if not path.is_file():

@@ -21,6 +21,11 @@ class SeededSamples(Dataset):
     Args:
         dataset: Any map-style dataset.
         seed: The run's seed.
+
+    Example::
+
+        dataset = SeededSamples(dataset, seed=42)
+        loader = DataLoader(dataset, batch_sampler=sampler)  # which yields lists of (number, index)
     """
 
     def __init__(self, dataset: Dataset, seed: int) -> None:

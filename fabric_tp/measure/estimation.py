@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fabric_tp.loss import cross_entropy
@@ -37,7 +38,7 @@ class Estimate(CountedStep):
     sequence_length: int
     precision: Precision
     least: dict[str, int]
-    """The limit of a formula for each kind; see :func:`least_memory`."""
+    """The limit of a formula for each kind; ``least_memory`` in ``architectures/litgpt/memory.py``."""
     parallelize: Parallelize
 
     @property
@@ -108,56 +109,70 @@ def estimate(
         data_parallel_size: Ranks of FSDP2.
         micro_batch_size: Samples of each data-parallel rank.
         sequence_length: Tokens of a sample; the model's ``block_size`` by default.
-        precision: See :data:`Precision`.
+        precision: As in Fabric. ``"bf16-mixed"`` is FSDP2's: fp32 parameters, cast to bf16 for the computation.
 
     Raises:
         ValueError: The model is not known, sizes cannot be divided (as ``Parallelize.check`` finds out), or the
             process has a process group, which this would need for itself.
+
+    Example::
+
+        found = fabric_tp.estimate("Llama-3-8B", fabric_tp.litgpt(fused_loss=True), tensor_parallel_size=8)
+        print(found)
+        found.memory.peak / 2**30  # GiB
     """
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision={precision!r} is not known; it must be one of {get_args(Precision)}.")
-    for name, number in (("data_parallel_size", data_parallel_size), ("micro_batch_size", micro_batch_size)):
-        if number < 1:
-            raise ValueError(f"{name}={number} must be at least 1.")
+    _check_arguments(precision, data_parallel_size=data_parallel_size, micro_batch_size=micro_batch_size)
     from fabric_tp.architectures.litgpt.config import load_config, meta_model
-    from fabric_tp.architectures.litgpt.memory import least_memory
 
     config = load_config(model)
-    length = sequence_length or config.block_size
-    parallelize = replace(parallelize or litgpt(), compile=False)
-    if precision == "bf16-mixed":
-        parallelize = replace(parallelize, mixed_precision="bf16-mixed")
+    batch = (micro_batch_size, sequence_length or config.block_size)
+    mixed: dict[str, Any] = {"mixed_precision": "bf16-mixed"} if precision == "bf16-mixed" else {}
+    parallelize = replace(parallelize or litgpt(), compile=False, **mixed)
     whole = meta_model(config)
-    parallelize.check(whole, tensor_parallel_size=tensor_parallel_size, sequence_length=length)
+    parallelize.check(whole, tensor_parallel_size=tensor_parallel_size, sequence_length=batch[1])
+    sizes = {"tensor_parallel_size": tensor_parallel_size, "data_parallel_size": data_parallel_size}
+    least = _least(whole, parallelize, sizes, batch[0] * batch[1], precision)
+    shape: dict[str, Any] = {**sizes, "micro_batch_size": batch[0], "sequence_length": batch[1], "precision": precision}
+    step = _count(config, parallelize, sizes, batch, precision)
+    return Estimate(**vars(step), model=config.name, **shape, least=least, parallelize=parallelize)
 
-    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
-    with fake_mesh(data_parallel_size, tensor_parallel_size) as mesh, fake_tensors(config.n_expert or 1):
-        step = _count(config, parallelize, mesh, (micro_batch_size, length), dtype)
-    limits = least_memory(
-        whole,
-        tensor_parallel_size=tensor_parallel_size,
-        data_parallel_size=data_parallel_size,
-        tokens=micro_batch_size * length,
+
+def _check_arguments(precision: str, **sizes: int) -> None:
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision={precision!r} is not known; it must be one of {get_args(Precision)}.")
+    for name, number in sizes.items():
+        if number < 1:
+            raise ValueError(f"{name}={number} must be at least 1.")
+
+
+def _least(
+    model: nn.Module, parallelize: Parallelize, sizes: dict[str, int], tokens: int, precision: Precision
+) -> dict[str, int]:
+    from fabric_tp.architectures.litgpt.memory import least_memory
+
+    return least_memory(
+        model,
+        **sizes,
+        tokens=tokens,
         precision=precision,
         activation_checkpointing=parallelize.activation_checkpointing,
         fused_loss=parallelize.fused_loss,
     )
-    return Estimate(
-        memory=step.memory,
-        collectives=step.collectives,
-        model=config.name,
-        tensor_parallel_size=tensor_parallel_size,
-        data_parallel_size=data_parallel_size,
-        micro_batch_size=micro_batch_size,
-        sequence_length=length,
-        precision=precision,
-        least=limits,
-        parallelize=parallelize,
-    )
 
 
 def _count(
-    config: Config, parallelize: Parallelize, mesh: DeviceMesh, batch: tuple[int, int], dtype: torch.dtype
+    config: Config, parallelize: Parallelize, sizes: dict[str, int], batch: tuple[int, int], precision: Precision
+) -> CountedStep:
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    with (
+        fake_mesh(sizes["data_parallel_size"], sizes["tensor_parallel_size"]) as mesh,
+        fake_tensors(config.n_expert or 1),
+    ):
+        return _count_on(mesh, config, parallelize, batch, dtype)
+
+
+def _count_on(
+    mesh: DeviceMesh, config: Config, parallelize: Parallelize, batch: tuple[int, int], dtype: torch.dtype
 ) -> CountedStep:
     from fabric_tp.architectures.litgpt.config import model_for_length
 
@@ -172,7 +187,7 @@ def _count(
         lambda logits: cross_entropy(logits, targets),
         mesh=mesh,
         batch=(tokens, targets),
-        head=model.lm_head,
+        lm_head=model.lm_head,
         warm_up=False,
     )
 

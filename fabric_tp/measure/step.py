@@ -40,7 +40,7 @@ def count_step(
     *,
     mesh: DeviceMesh,
     batch: Iterable[Tensor] = (),
-    head: nn.Module | None = None,
+    lm_head: nn.Module | None = None,
     max_norm: float = 1.0,
     update: Callable[[], object] | None = None,
     warm_up: bool = True,
@@ -54,7 +54,7 @@ def count_step(
         compute_loss: From the output to the loss.
         mesh: Whose dimensions the collectives are told apart by.
         batch: Tensors that live throughout, and count among the buffers.
-        head: The module that makes the logits, if there is one: what it makes counts among them.
+        lm_head: The module that makes the logits, if there is one: what it makes counts among them.
         max_norm: For the clipping of gradients.
         update: Instead of ``optimizer.step()`` on local shards.
         warm_up: ``False``: the first step has no forward and backward, and gradients of zero. On fake tensors it must
@@ -64,7 +64,7 @@ def count_step(
         tracker.mark("buffers", [*model.buffers(), *batch])
         tracker.mark("parameters", model.parameters())
         watch = _Phases(tracker, counter)
-        hooks = [head.register_forward_pre_hook(watch.enter_head)] if head is not None else []
+        hooks = [lm_head.register_forward_pre_hook(watch.enter_lm_head)] if lm_head is not None else []
         for whole in (warm_up, True):
             tracker.restart()
             counter.collectives.clear()
@@ -74,14 +74,7 @@ def count_step(
                 for parameter in model.parameters():
                     parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
             tracker.mark("gradients", (parameter.grad for parameter in model.parameters()))
-            watch.enter("clipping")
-            nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-            watch.enter("optimizer")
-            if update is None:
-                with local(optimizer):
-                    optimizer.step()
-            else:
-                update()
+            _clip_and_update(model, optimizer, max_norm, update, watch)
             tracker.mark("optimizer state", _tensors(optimizer.state.values()))
             optimizer.zero_grad()
         for hook in hooks:
@@ -136,7 +129,24 @@ def _forward_and_backward(
     del output
     watch.enter("backward")
     loss.backward()
-    watch.leave_head()
+    watch.leave_lm_head()
+
+
+def _clip_and_update(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    max_norm: float,
+    update: Callable[[], object] | None,
+    watch: _Phases,
+) -> None:
+    watch.enter("clipping")
+    nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    watch.enter("optimizer")
+    if update is not None:
+        update()
+        return
+    with local(optimizer):
+        optimizer.step()
 
 
 class _Phases:
@@ -144,27 +154,27 @@ class _Phases:
 
     def __init__(self, tracker: MemoryTracker, counter: CollectiveCounter) -> None:
         self._tracker, self._counter = tracker, counter
-        self._in_head = False
+        self._in_lm_head = False
 
     def enter(self, name: str) -> None:
         self._tracker.phase(name)
         self._counter.phase = name
 
-    def enter_head(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def enter_lm_head(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.enter("head and loss")
         self._tracker.mark_live("activations")
-        self._tracker.made, self._in_head = "logits and loss", True
+        self._tracker.made, self._in_lm_head = "logits and loss", True
         if args[0].requires_grad:
-            args[0].register_hook(self.leave_head)
+            args[0].register_hook(self.leave_lm_head)
 
     def enter_loss(self, output: Any) -> None:
         """If the model has no head, then its output is what the loss starts with."""
-        if not self._in_head:
+        if not self._in_lm_head:
             self._tracker.mark("logits and loss", [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)])
-            self.enter_head(nn.Identity(), tuple(tree_leaves(output)))
+            self.enter_lm_head(nn.Identity(), tuple(tree_leaves(output)))
 
-    def leave_head(self, grad: Tensor | None = None) -> None:
-        self._tracker.made, self._in_head = "temporaries", False
+    def leave_lm_head(self, grad: Tensor | None = None) -> None:
+        self._tracker.made, self._in_lm_head = "temporaries", False
 
 
 class _Values(TorchDispatchMode):

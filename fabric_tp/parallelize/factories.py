@@ -4,8 +4,6 @@ Each factory is a dataclass: its options are its fields, documented at :class:`T
 :class:`BlockOptions`, and an instance is the function that parallelizes a model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -14,27 +12,25 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from fabric_tp.architectures import FEED_FORWARD, LITGPT, LLAMA, Architecture, recognise
 from fabric_tp.architectures.architecture import children, has
+from fabric_tp.parallelize.options import documented
 from fabric_tp.parallelize.parallelize import Derived, ParallelizeByPlan
 from fabric_tp.plan import TransformerOptions, derive_feed_forward_plan, derive_plan, tied_parameters
 
 TORCH_LEAN = "fabric_tp.architectures.lean:TORCH"
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class Parallelize(ParallelizeByPlan, TransformerOptions):
     """Parallelize a transformer of an architecture that you describe, or of a known one.
 
-    Made by :func:`litgpt`, :func:`llama` and :func:`auto`, or with an :class:`Architecture` of yours::
+    :class:`litgpt`, :class:`llama` and :class:`auto` are this with a known architecture; or, with one of yours::
 
         fabric_tp.Parallelize(architecture=PARROT, sequence_parallel=False)
     """
 
     architecture: Architecture | None = None
     """What the model looks like; None recognises it."""
-    lean: bool = True
-    """Compute norms, activations and attention so that less is kept for the backward, where that is exactly equivalent
-    to the model's own modules: outputs of norms and of activations are made again, keys and values are not repeated for
-    the query heads that share them, masks of sliding windows are made once for all layers."""
 
     def derive(self, model: nn.Module, tensor_parallel_size: int) -> Derived:
         architecture = self.architecture or recognise(model)
@@ -54,6 +50,7 @@ class Parallelize(ParallelizeByPlan, TransformerOptions):
         )
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class litgpt(Parallelize):
     """Parallelize a ``litgpt.GPT`` or ``litgpt.lora.GPT``."""
@@ -61,6 +58,7 @@ class litgpt(Parallelize):
     architecture: Architecture | None = field(default=LITGPT, init=False, repr=False)
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class llama(Parallelize):
     """Parallelize a Llama in Meta's names: ``tok_embeddings``, ``layers.*.attention.wq``, ..., ``output``.
@@ -71,6 +69,7 @@ class llama(Parallelize):
     architecture: Architecture | None = field(default=LLAMA, init=False, repr=False)
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class auto(Parallelize):
     """Parallelize a model of any known architecture, recognised by the names of its modules.
@@ -81,6 +80,7 @@ class auto(Parallelize):
     architecture: Architecture | None = field(default=None, init=False, repr=False)
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class feed_forward(ParallelizeByPlan):
     """Parallelize a SwiGLU MLP with layers ``w1``, ``w2`` and ``w3``, or a model made of such MLPs.
@@ -89,12 +89,13 @@ class feed_forward(ParallelizeByPlan):
     """
 
     lean: bool = True
-    """As in :class:`litgpt`."""
+    """Compute norms so that less is kept for the backward, as in :class:`litgpt`."""
 
     def derive(self, model: nn.Module, tensor_parallel_size: int) -> Derived:
         return _derive_feed_forward(FEED_FORWARD, model, self.lean, tensor_parallel_size)
 
 
+@documented
 @dataclass(frozen=True)
 class from_plan(ParallelizeByPlan):
     """Parallelize any module by a plan; whether sequence and loss are parallel is up to it."""

@@ -1,10 +1,10 @@
 """The options of all factories, with their documentation; a recipe's or a command line's help comes from here."""
 
-from __future__ import annotations
+import inspect
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Literal, TypeVar
 
-from dataclasses import dataclass
-from typing import Literal
-
+import docstring_parser
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 ActivationCheckpointing = Literal["none", "full", "selective"]
@@ -32,6 +32,26 @@ class BlockOptions:
         _check_choice("activation_checkpointing", self.activation_checkpointing, ("none", "full", "selective"))
         if not isinstance(self.mixed_precision, MixedPrecisionPolicy):
             _check_choice("mixed_precision", self.mixed_precision, (None, "bf16-mixed"))
+
+
+Options = TypeVar("Options", bound=type)
+
+
+def documented(cls: Options) -> Options:
+    """Add what is said of a dataclass's fields, inherited ones too, to its docstring: for ``help()`` and ``--help``.
+
+    A decorator: the documentation stays where the field is.
+    """
+    said: dict[str, str] = {}
+    for each in reversed(cls.__mro__):
+        if is_dataclass(each):
+            parsed = docstring_parser.parse_from_object(each)
+            said |= {field.arg_name: " ".join((field.description or "").split()) for field in parsed.params}
+    positional_first = sorted(fields(cls), key=lambda field: bool(field.kw_only))
+    shown = [field.name for field in positional_first if field.init and field.name in said]
+    lines = "".join(f"    {name}: {said[name]}\n" for name in shown)
+    cls.__doc__ = f"{inspect.getdoc(cls)}\n\nArgs:\n{lines}"
+    return cls
 
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

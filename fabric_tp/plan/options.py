@@ -1,7 +1,5 @@
 """The options that decide how a transformer is split."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from fabric_tp.autograd.collectives import Layout
@@ -26,6 +24,11 @@ class TransformerOptions:
     with the loss, so that they are never whole. Anything else that looks at them gets them."""
     replicate_attention: bool = False
     """Every rank computes the whole attention, for models whose heads cannot be divided; everything else is sharded."""
+
+    lean: bool = True
+    """Compute norms, activations and attention so that less is kept for the backward, where that is exactly equivalent
+    to the model's own modules: outputs of norms and of activations are made again, keys and values are not repeated for
+    the query heads that share them, masks of sliding windows are made once for all layers."""
 
     @property
     def layout(self) -> Layout:

@@ -17,6 +17,10 @@ def get_state(model: nn.Module) -> dict[str, Any]:
 
     Tensors, numbers and lists only: what ``torch.load(..., weights_only=True)`` loads. The dropout's is the same on
     all ranks and on every mesh, and so are the generators' if all ranks drew equally from them.
+
+    Example::
+
+        fabric.save(path, {"model": model, "random": fabric_tp.random.get_state(model)})
     """
     version, python, gauss = random.getstate()
     numpy: Any = np.random.get_state(legacy=False)  # noqa: NPY002

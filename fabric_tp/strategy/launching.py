@@ -50,6 +50,11 @@ def launch(
 
     Raises:
         ValueError: See :func:`detect`.
+
+    Example::
+
+        strategy = fabric_tp.TensorParallelStrategy(fabric_tp.litgpt(), tensor_parallel_size=4, data_parallel_size=2)
+        fabric = fabric_tp.launch(strategy, precision="bf16-mixed")
     """
     chosen = {
         name: fabric_arguments.pop(name) for name in ("accelerator", "devices", "num_nodes") & fabric_arguments.keys()
@@ -95,28 +100,15 @@ def detect(
     """
     accelerator = _accelerator(accelerator)
     started = _started()
+    asked = _devices_to_use(devices, accelerator)
     if started is None:
         name: Any = "python"
         nodes = num_nodes or 1
-        local = _devices_to_use(devices, accelerator)
-        if local is None:
-            wanted = (_given(data_parallel_size) or 1) * (_given(tensor_parallel_size) or 1)
-            both = _given(data_parallel_size) is not None and _given(tensor_parallel_size) is not None
-            local = -(-wanted // nodes) if both else max(_visible_gpus(accelerator), -(-wanted // nodes))
-        world = os.environ.get("WORLD_SIZE")
-        if "LOCAL_RANK" in os.environ and world is not None and int(world) != nodes * local:
-            raise ValueError(  # someone starts the processes by hand
-                f"LOCAL_RANK is set, so Fabric starts no processes, and there are WORLD_SIZE={world} of them; but"
-                f" {nodes * local} were asked for."
-            )
+        local = asked or _needed(data_parallel_size, tensor_parallel_size, nodes, accelerator)
+        _check_started_by_hand(nodes * local)
     else:
         name, nodes, local = started
-        wanted_local, wanted_nodes = _devices_to_use(devices, accelerator) or local, num_nodes or nodes
-        if (wanted_nodes, wanted_local) != (nodes, local):
-            raise ValueError(
-                f"num_nodes={wanted_nodes} and devices={wanted_local} were asked for, but {name} has started {local}"
-                f" processes on each of {nodes} machines. Leave these arguments out, or change what {name} is given."
-            )
+        _check_asked_for(started, num_nodes, asked)
     sizes = resolve_sizes(data_parallel_size, tensor_parallel_size, nodes * local, nodes)
     if accelerator == "cuda" and local > _visible_gpus(accelerator):
         raise ValueError(
@@ -127,6 +119,32 @@ def detect(
     if name != "fabric run":
         arguments = {"accelerator": accelerator, "devices": local if devices == "auto" else devices, "num_nodes": nodes}
     return Launcher(name, nodes * local, nodes, accelerator, *sizes, arguments)  # type: ignore[arg-type]
+
+
+def _needed(data_parallel_size: Size, tensor_parallel_size: Size, nodes: int, accelerator: str) -> int:
+    """Processes on each machine: as many as both sizes need, or, if one is open, at least one for each GPU."""
+    data, tensor = _given(data_parallel_size), _given(tensor_parallel_size)
+    needed = -(-(data or 1) * (tensor or 1) // nodes)
+    return needed if data is not None and tensor is not None else max(_visible_gpus(accelerator), needed)
+
+
+def _check_started_by_hand(processes: int) -> None:
+    world = os.environ.get("WORLD_SIZE")
+    if "LOCAL_RANK" in os.environ and world is not None and int(world) != processes:
+        raise ValueError(
+            f"LOCAL_RANK is set, so Fabric starts no processes, and there are WORLD_SIZE={world} of them; but"
+            f" {processes} were asked for."
+        )
+
+
+def _check_asked_for(started: tuple[str, int, int], num_nodes: int | None, local: int | None) -> None:
+    name, nodes, processes = started
+    wanted_nodes, wanted = num_nodes or nodes, local or processes
+    if (wanted_nodes, wanted) != (nodes, processes):
+        raise ValueError(
+            f"num_nodes={wanted_nodes} and devices={wanted} were asked for, but {name} has started {processes}"
+            f" processes on each of {nodes} machines. Leave these arguments out, or change what {name} is given."
+        )
 
 
 def resolve_sizes(

@@ -59,6 +59,11 @@ class TensorParallelStrategy(ModelParallelStrategy):
 
     Raises:
         ValueError: From ``Fabric(...)``, before any process meets another: the sizes do not fit the processes.
+
+    Example::
+
+        strategy = fabric_tp.TensorParallelStrategy(fabric_tp.litgpt(), data_parallel_size=2, tensor_parallel_size=4)
+        fabric = L.Fabric(strategy=strategy, devices=8)
     """
 
     def __init__(
@@ -183,7 +188,7 @@ class TensorParallelStrategy(ModelParallelStrategy):
         norm_type: float = 2.0,
         error_if_nonfinite: bool = True,
     ) -> Tensor:
-        """See :func:`fabric_tp.clip.clip_grad_norm`."""
+        """Clip the norm of all gradients together, plain tensors and DTensors of any mesh, with one all-reduce."""
         self.precision.unscale_gradients(optimizer)
         return clip_grad_norm(
             self.precision.main_params(optimizer),

@@ -30,7 +30,7 @@ class Dropout(Style):
 
     Ranks that hold the same elements drop the same of them, and ranks that hold different ones have their part of one
     mask. It depends on the seed, the name of the module, how often it was called before in the same forward, the number
-    of the sample in the run (see :class:`RunPosition`) and the place in the sample: not on the mesh, on sequence
+    of the sample in the run (``autograd/run_position.py``) and the place in the sample: not on the mesh, on sequence
     parallelism, on how a batch is split into micro-batches, or on activation checkpointing. Where dim 0 is not the
     batch, as in mixtures of experts, it depends on the data-parallel rank and the micro-batch too.
 

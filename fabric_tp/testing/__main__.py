@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from jsonargparse import auto_cli
 
-import fabric_tp
+from fabric_tp.parallelize import Parallelize, auto
 from fabric_tp.testing.parity import BuildModel, Report, compare, next_token_loss
 from fabric_tp.testing.ranks import Ranks
 from fabric_tp.testing.small import (
@@ -54,7 +54,7 @@ def main(
         every: Take only every so manieth model.
         steps: Optimizer steps whose weights to compare.
     """
-    parallelize_fn = fabric_tp.auto(
+    parallelize_fn = auto(
         sequence_parallel=sequence_parallel, loss_parallel=loss_parallel, replicate_attention=replicate_attention
     )
     ranks = Ranks(data_parallel_size * tensor_parallel_size)
@@ -78,7 +78,7 @@ def _builders(models: Models) -> dict[str, BuildModel]:
 
 
 def _verdict(
-    build: BuildModel, parallelize_fn: fabric_tp.Parallelize, ranks: Ranks, sizes: tuple[int, int], steps: int
+    build: BuildModel, parallelize_fn: Parallelize, ranks: Ranks, sizes: tuple[int, int], steps: int
 ) -> tuple[str, str]:
     model = build()
     try:

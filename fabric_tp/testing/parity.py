@@ -81,9 +81,13 @@ def check_parity(
     Raises:
         AssertionError: Something differs by more, or a rank failed.
         ValueError: The model cannot be parallelized so.
+
+    Example::
+
+        tokens = torch.randint(vocabulary, (2, 16))
+        print(check_parity(build_model, fabric_tp.auto(), tokens, next_token_loss, tensor_parallel_size=2))
     """
-    check = getattr(parallelize_fn, "check", None)
-    if check is not None:
+    if check := getattr(parallelize_fn, "check", None):
         check(build_model(), tensor_parallel_size=tensor_parallel_size)
     ranks = Ranks(data_parallel_size * tensor_parallel_size)
     try:

@@ -12,6 +12,11 @@ def assert_replicas_in_sync(model: nn.Module) -> None:
 
     Raises:
         AssertionError: Copies differ, for instance because a gradient was not summed; names the first parameters.
+
+    Example::
+
+        optimizer.step()
+        assert_replicas_in_sync(model)
     """
     differing = []
     for name, parameter in model.named_parameters():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import fabric_tp
-from fabric_tp.architectures import recognise
+from fabric_tp.architectures import GPT_NEOX, recognise
 from fabric_tp.testing.parity import TOLERANCE
 from fabric_tp.testing.small import TRANSFORMERS, small_transformers
 from tests.parity import assert_equal, differences_of
@@ -19,6 +20,7 @@ from tests.parity import assert_equal, differences_of
 FAMILIES = [name for name in TRANSFORMERS if name != "Mixtral"]
 
 
+@pytest.mark.swept(lambda p: p["sizes"] == (1, 4))
 @pytest.mark.parametrize("sizes", [(1, 2), (1, 4), (2, 2)], ids=str)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family(pool, name, sizes) -> None:
@@ -60,7 +62,8 @@ def test_notices_a_dropped_scale(pool) -> None:
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_is_recognised(name) -> None:
-    assert recognise(small_transformers(name)).name == "huggingface"
+    expected = "gpt_neox" if name.startswith("GPT-NeoX") else "huggingface"
+    assert recognise(small_transformers(name)).name == expected
 
 
 def test_refuses_experts_in_one_parameter() -> None:
@@ -72,3 +75,33 @@ def test_transformers_is_not_installed(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match=r"pip install fabric_tp\[hf\]"):
         small_transformers("Llama")
+
+
+def test_dropout_of_nothing_between_embedding_and_blocks() -> None:
+    """What it sees is not known, and does not matter while its rate is zero."""
+    fabric_tp.auto().check(small_transformers("GPT-NeoX"), tensor_parallel_size=2)
+    with pytest.raises(ValueError, match=r"gpt_neox\.emb_dropout is a Dropout between the embedding"):
+        fabric_tp.auto().check(small_transformers("GPT-NeoX", hidden_dropout=0.1), tensor_parallel_size=2)
+
+
+def test_rows_by_group_need_ranks_that_divide_the_groups() -> None:
+    model = small_transformers("GPT-NeoX", num_attention_heads=4)
+    with pytest.raises(ValueError, match=r"does not divide the 4 groups of query heads by which the rows of query_key"):
+        fabric_tp.auto().check(model, tensor_parallel_size=8)
+
+
+def consecutive(*, model: nn.Module) -> fabric_tp.Parallelize:
+    """GPT-NeoX declared as if its fused rows lay one part after the other: no size is wrong."""
+    block = GPT_NEOX.block
+    assert block is not None
+    fused = {name: replace(each, layout="consecutive") for name, each in block.attention.fused.items()}
+    wrong = replace(GPT_NEOX, block=replace(block, attention=replace(block.attention, fused=fused)))
+    parallelize_fn = fabric_tp.Parallelize(architecture=wrong)
+    parallelize_fn.check(model, tensor_parallel_size=2)
+    return parallelize_fn
+
+
+def test_notices_the_wrong_layout_of_a_fused_layer(pool) -> None:
+    build = partial(small_transformers, "GPT-NeoX")
+    worst = differences_of(pool, build, consecutive(model=build()))
+    assert max(worst.values()) > 10 * TOLERANCE

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
 from litgpt.model import CausalSelfAttention, GemmaMLP, GptNeoxMLP, LLaMAMLP, RMSNorm, build_rope_cache
 from torch import Tensor, nn
-from torch.autograd import gradcheck
 
 from fabric_tp.architectures import LITGPT
-from fabric_tp.autograd.activations import activated, gated
-from fabric_tp.autograd.norms import layer_norm
 from fabric_tp.parallelize.lean import make_lean
 from tests.models import litgpt_config
 
@@ -115,21 +111,3 @@ def test_no_class_of_litgpt_changes() -> None:
     before = {cls: cls.forward for cls in (RMSNorm, LLaMAMLP, CausalSelfAttention)}
     make_lean(LLaMAMLP(litgpt_config("Llama-3-8B")), LITGPT.lean)
     assert before == {cls: cls.forward for cls in before}
-
-
-def double(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda: (lambda x, up: gated(x, up, "silu"), (double(3, 4), double(3, 4))),
-        lambda: (lambda x, up: gated(x, up, "gelu"), (double(3, 4), double(3, 4))),
-        lambda: (lambda x: activated(x, "gelu"), (double(3, 4),)),
-        lambda: (lambda x: activated(x, "gelu_tanh"), (double(3, 4),)),
-        lambda: (lambda x, w, b: layer_norm(x, (4,), w, b, 1e-5), (double(3, 4), double(4), double(4))),
-    ],
-)
-def test_gradients_are_derivatives(function: Callable[[], tuple[Callable[..., Tensor], tuple[Tensor, ...]]]) -> None:
-    assert gradcheck(*function())

@@ -72,6 +72,7 @@ def built(structure: str) -> partial[nn.Module]:
     return partial(small_gpt, small_config(name, **overrides))
 
 
+@pytest.mark.swept(lambda p: p["sizes"] == (1, 4))
 @pytest.mark.parametrize("sizes", [(1, 2), (1, 4)], ids=str)
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_structure(pool, structure, sizes) -> None:

@@ -26,6 +26,7 @@ NAMES = [name for name in one_of_each_structure() if name not in WIDE]
 REPLICATED = ["falcon-7b"]  # heads that cannot be divided
 
 
+@pytest.mark.swept(lambda p: p["adapted"] != "every layer" and p["name"] not in NAMES[:4])
 @pytest.mark.parametrize("adapted", LORA)
 @pytest.mark.parametrize("name", NAMES)
 def test_structure(pool, name, adapted) -> None:
@@ -33,6 +34,7 @@ def test_structure(pool, name, adapted) -> None:
     assert_equal(pool, partial(small_lora, name, adapted), parallelize_fn, (1, 2))
 
 
+@pytest.mark.swept(lambda p: p["sizes"] == (1, 4) and p["adapted"] != "every layer")
 @pytest.mark.parametrize("sizes", [(1, 4), (2, 2)], ids=str)
 @pytest.mark.parametrize("adapted", LORA)
 @pytest.mark.parametrize("name", ["Gemma-3-1b-it", "Qwen2.5-1.5B", "phi-1_5", "Mixtral-8x7B-v0.1"])

@@ -9,10 +9,11 @@ import pytest
 import torch
 from litgpt import GPT
 from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fabric_tp
-from fabric_tp.autograd.kept_reductions import kept_reductions, reduction
+from fabric_tp.autograd.kept_reductions import _Keep, kept_reductions, reduction
 from fabric_tp.testing.ranks import mesh
 from tests.models import LENGTH, litgpt_config
 
@@ -76,4 +77,24 @@ def test_keeps_and_takes_in_order() -> None:
 
 
 def _never(x: Tensor) -> Tensor:
-    raise AssertionError("made again")
+    raise AssertionError("computed again")
+
+
+def test_kept_inputs_pass_gradients_through() -> None:
+    x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert gradcheck(_Keep.apply, (x,))
+    assert gradgradcheck(_Keep.apply, (x,))
+
+
+def test_outside_of_its_contexts_it_is_the_function() -> None:
+    x = torch.ones(2, requires_grad=True)
+    y = reduction(lambda x: x * 2, x)
+    assert y.grad_fn.next_functions[0][0].variable is x  # type: ignore[union-attr]
+    forward, recomputation = kept_reductions()
+    with forward:
+        reduction(lambda x: x * 2, x)
+        reduction(lambda x: x * 2, x.detach())  # needs no backward, and so no recomputation
+    with recomputation:
+        reduction(_never, x)
+        with pytest.raises(AssertionError, match="computed again"):
+            reduction(_never, x.detach())

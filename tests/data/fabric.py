@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import current_process
 from typing import Any
-from unittest import mock
 
 import lightning as L
 import torch
@@ -16,7 +15,7 @@ from lightning.fabric.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from fabric_tp import TensorParallelStrategy
-from tests.fabric import torchrun_environment
+from tests.fabric import as_under_torchrun
 
 
 class Mean(nn.Module):
@@ -38,7 +37,7 @@ def on_ranks(sizes: tuple[int, int], ours: bool = True, **options: Any) -> Itera
         if ours
         else ModelParallelStrategy(_unchanged, *sizes, **options)
     )
-    with mock.patch.dict(os.environ, torchrun_environment()):
+    with as_under_torchrun():
         for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
             os.environ.pop(name, None)
         fabric = L.Fabric(accelerator="cpu", devices=sizes[0] * sizes[1], strategy=strategy)

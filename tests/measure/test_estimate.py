@@ -48,7 +48,7 @@ def real_step(
             lambda logits: fabric_tp.cross_entropy(logits, targets),
             mesh=mesh(*sizes),
             batch=(tokens, targets),
-            head=model.get_submodule("lm_head"),
+            lm_head=model.get_submodule("lm_head"),
         )
         for _ in range(3)
     )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from unittest import mock
 
 import lightning as L
 import pytest
@@ -19,7 +17,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 import fabric_tp
 from fabric_tp.shards import gather_shards
 from fabric_tp.testing.ranks import mesh
-from tests.fabric import torchrun_environment
+from tests.fabric import as_under_torchrun
 from tests.models import LENGTH, VOCABULARY, build, litgpt_config
 
 STEPS, ACCUMULATE, BATCH = 3, 2, 4
@@ -29,7 +27,7 @@ MESHES = [(1, 1), (1, 2), (2, 1), (1, 4), (2, 2)]
 def fabric_on_this_rank(
     sizes: tuple[int, int], parallelize_fn: fabric_tp.Parallelize, precision: str | None
 ) -> L.Fabric:
-    """As under torchrun, whose environment the caller provides."""
+    """As under torchrun, which the caller provides."""
     dp, tp = sizes
     strategy = ModelParallelStrategy(parallelize_fn=parallelize_fn, data_parallel_size=dp, tensor_parallel_size=tp)
     fabric = L.Fabric(accelerator="cpu", devices=dp * tp, strategy=strategy, precision=precision)  # type: ignore[arg-type]
@@ -41,7 +39,7 @@ def train(
     sizes: tuple[int, int], on_meta: bool, options: dict, precision: str | None = None, checkpoint: Path | None = None
 ) -> list[float]:
     """Losses and gradient norms of a few steps, and a sum over the weights at the end."""
-    with mock.patch.dict(os.environ, torchrun_environment()):
+    with as_under_torchrun():
         fabric = fabric_on_this_rank(sizes, fabric_tp.litgpt(**options), precision)
         fabric.seed_everything(7, verbose=False)
         if on_meta:
@@ -73,7 +71,7 @@ def train(
 
 
 def resume(sizes: tuple[int, int], checkpoint: Path) -> list[float]:
-    with mock.patch.dict(os.environ, torchrun_environment()):
+    with as_under_torchrun():
         fabric = fabric_on_this_rank(sizes, fabric_tp.litgpt(), None)
         with fabric.init_module(empty_init=True):
             model: nn.Module = GPT(litgpt_config("Llama-3-8B"))
@@ -111,6 +109,7 @@ def test_real_model_equals_plain_training(pool) -> None:
     assert pool(2)(train, (1, 2), False, {})[: len(expected)] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.swept(lambda p: p["sizes"] == (1, 2))
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 2), (2, 2)])
 def test_mixed_precision_computes_in_bf16_and_keeps_fp32(pool, sizes) -> None:
     exact = pool(1)(train, (1, 1), True, {})
@@ -135,7 +134,7 @@ def test_checkpoint_moves_to_other_meshes(pool, tmp_path) -> None:
 
 
 def torch_loss_parallel(sizes: tuple[int, int]) -> tuple[float, float]:
-    with mock.patch.dict(os.environ, torchrun_environment()):
+    with as_under_torchrun():
         fabric = fabric_on_this_rank(sizes, fabric_tp.litgpt(), None)
         model = fabric.setup(build("Llama-3-8B"))
         tokens = torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(4))
@@ -173,3 +172,18 @@ def buffers_after_parallelizing() -> list[float]:
 
 def test_buffers_in_another_order_on_each_rank_are_not_swapped(pool) -> None:
     assert pool(2)(buffers_after_parallelizing) == [0, 1, 2] * 2
+
+
+def cut_by_the_model(sequence_parallel: bool, by_position: bool) -> int:
+    model = fabric_tp.litgpt(sequence_parallel=sequence_parallel)(build("Llama-3-8B"), mesh(1, 2))
+    tokens = torch.zeros(1, LENGTH, dtype=torch.int64)
+    if by_position:
+        return len(model(tokens, None, None, LENGTH // 2))
+    return len(model(tokens, lm_head_chunk_size=LENGTH // 2))
+
+
+@pytest.mark.parametrize("by_position", [False, True])
+def test_pieces_of_the_sequence_are_refused_under_sequence_parallelism(pool, by_position) -> None:
+    assert pool(2)(cut_by_the_model, False, by_position) == 2
+    with pytest.raises(AssertionError, match=r"lm_head_chunk_size=8 cuts the sequence .* fused_loss=True"):
+        pool(2)(cut_by_the_model, True, by_position)

@@ -30,6 +30,7 @@ def ids(value: object) -> str | None:
     return None
 
 
+@pytest.mark.swept(lambda p: p["sizes"] == (1, 4) or not p["loss_parallel"])
 @pytest.mark.parametrize("sizes", MESHES, ids=ids)
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 @pytest.mark.parametrize("loss_parallel", [True, False])
@@ -44,12 +45,14 @@ def test_feed_forward(pool, sizes) -> None:
     pool(sizes[0] * sizes[1])(assert_parity, "feed_forward", "feed_forward", {}, sizes)
 
 
+@pytest.mark.swept(lambda p: p["sizes"] == (4, 1))
 @pytest.mark.parametrize("sizes", [(1, 1), (2, 1), (4, 1)], ids=ids)
 @pytest.mark.parametrize("name", ["Llama-3-8B", "pythia-14m"])
 def test_without_tensor_parallelism(pool, name, sizes) -> None:
     pool(sizes[0] * sizes[1])(assert_parity, name, "auto", {}, sizes)
 
 
+@pytest.mark.swept(lambda p: p["sizes"] == (1, 4) or p["name"] != "Llama-3-8B")
 @pytest.mark.parametrize("sizes", MESHES, ids=ids)
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 @pytest.mark.parametrize("activation_checkpointing", ["full", "selective"])

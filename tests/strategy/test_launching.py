@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from fabric_tp.strategy.launching import Launcher, detect, launch, resolve_sizes
-
-from .test_failure import environment, free_port
+from tests.strategy.jobs import environment, free_port
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2"}
 FABRIC_RUN = {**TORCHRUN, "LT_CLI_USED": "1", "LT_DEVICES": "4", "LT_ACCELERATOR": "cpu"}

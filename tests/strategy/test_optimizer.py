@@ -1,38 +1,33 @@
-"""Any optimizer on local shards: the results of one device, what users see, and what it allocates."""
+"""Optimizers on local shards compute what they compute on whole tensors."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
-from copy import deepcopy
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from lightning.fabric.strategies import SingleDeviceStrategy
 from lightning.fabric.wrappers import _FabricOptimizer
 from torch import Tensor, nn, optim
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import fabric_tp
-from fabric_tp._torch import FakeTensorMode
-from fabric_tp.shards import copy_shard, gather_shards
-from fabric_tp.strategy.optimizer import ELEMENTWISE, PIECE, local
+from fabric_tp.shards import gather_shards
+from fabric_tp.strategy.optimizer import ELEMENTWISE, local
 from fabric_tp.testing.ranks import mesh
 from tests.measure.test_communication import NoDTensorOperations
-from tests.models import build
+from tests.strategy.optimizers import parameters_with_gradients, set_gradients, sharded_model
 
 MESHES = [(1, 2), (2, 1), (2, 2)]
+
+
 STEPS = 5
+
 
 OPTIMIZERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     "AdamW": (optim.AdamW, {}),
@@ -53,13 +48,9 @@ OPTIMIZERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     "ASGD": (optim.ASGD, {}),
     "Rprop": (optim.Rprop, {}),
 }
+
+
 AUTOMATICALLY_FUSED = ("AdamW", "AdamW amsgrad maximize", "Adam", "SGD", "SGD momentum")
-
-
-def sharded_model(sizes: tuple[int, int]) -> nn.Module:
-    model = fabric_tp.litgpt()(build("Llama-3-8B"), mesh(*sizes))
-    next(model.parameters()).requires_grad_(False)
-    return model
 
 
 def plain_copies(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
@@ -69,18 +60,6 @@ def plain_copies(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
 def groups(parameters: list[nn.Parameter], decay: bool = True) -> list[dict[str, Any]]:
     matrices = {"params": [p for p in parameters if p.ndim > 1]}
     return [matrices | ({"weight_decay": 0.1} if decay else {}), {"params": [p for p in parameters if p.ndim < 2]}]
-
-
-def set_gradients(parameters: list[nn.Parameter], step: int, every: bool = False) -> None:
-    """The same, whatever the mesh. Unless ``every``: none for the second parameter, and for the third not at first."""
-    generator = torch.Generator().manual_seed(step)
-    for index, parameter in enumerate(parameters):
-        whole = torch.randn(parameter.shape, generator=generator)
-        absent = not every and (index == 1 or (index == 2 and step == 0))
-        without = absent or not parameter.requires_grad
-        parameter.grad = None if without else torch.zeros_like(parameter.detach())
-        if parameter.grad is not None:
-            copy_shard(parameter.grad, whole)
 
 
 def assert_close(parameters: list[nn.Parameter], expected: list[nn.Parameter], tolerance: float) -> None:
@@ -220,17 +199,6 @@ def test_a_dtensor_operation_would_be_noticed(pool) -> None:
         pool(4)(step_without_dtensor_operations, "AdamW", False)
 
 
-def parameters_with_gradients() -> list[nn.Parameter]:
-    tensor_parallel = mesh(1, 2)["tensor_parallel"]
-    made = []
-    for seed in range(3):
-        values = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(seed))
-        parameter = nn.Parameter(distribute_tensor(values[0], tensor_parallel, [Shard(0)]))
-        parameter.grad = distribute_tensor(values[1], tensor_parallel, [Shard(0)])
-        made.append(parameter)
-    return made
-
-
 class SubclassOfSGD(optim.SGD):
     """An optimizer that might need whole tensors."""
 
@@ -282,207 +250,6 @@ def test_elementwise_optimizers_are_all_of_torch_but_the_known_exceptions() -> N
     assert every - set(ELEMENTWISE) == {Optimizer, optim.Adafactor, optim.LBFGS, optim.Muon, optim.SparseAdam}
 
 
-def hooks_see_dtensors() -> None:
-    parameters = parameters_with_gradients()
-    optimizer = optim.AdamW(parameters, lr=1e-2)
-    seen: list[tuple[str, bool, bool]] = []
-
-    def hook(when: str) -> Callable[..., None]:
-        def see(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            same = all(p is q for p, q in zip(optimizer.param_groups[0]["params"], parameters, strict=True))
-            momenta = [state["exp_avg"] for state in optimizer.state.values()]
-            seen.append((when, same, all(isinstance(momentum, DTensor) for momentum in momenta)))
-
-        return see
-
-    optimizer.register_step_pre_hook(hook("before"))
-    optimizer.register_step_post_hook(hook("after"))
-    with local(optimizer):
-        optimizer.register_step_pre_hook(hook("before, registered late"))
-        optimizer.register_step_post_hook(hook("after, registered late"))
-        optimizer.step()
-    whens = ["before", "after", "after, registered late"]
-    assert [each for each in seen if each[0] in whens] == [(when, True, True) for when in whens]
-
-
-def test_hooks_see_dtensors(pool) -> None:
-    pool(2)(hooks_see_dtensors)
-
-
-def nothing_is_left_behind() -> None:
-    parameters = parameters_with_gradients()
-    optimizer = optim.AdamW(parameters, lr=1e-2)
-    list_, group, state = optimizer.param_groups, optimizer.param_groups[0], optimizer.state
-    options = {key: value for key, value in group.items() if key != "params"}
-    gradients = [p.grad for p in parameters]
-    with local(optimizer):
-        optimizer.step()
-    assert optimizer.param_groups is list_
-    assert list_[0] is group
-    assert optimizer.state is state
-    assert {key: value for key, value in group.items() if key != "params"} == options
-    assert all(p.grad is gradient for p, gradient in zip(parameters, gradients, strict=True))
-    assert set(state) == set(parameters)
-    assert not optimizer._optimizer_step_pre_hooks
-    assert not optimizer._optimizer_step_post_hooks
-
-
-def test_nothing_is_left_behind(pool) -> None:
-    pool(2)(nothing_is_left_behind)
-
-
-def state_stays_the_same_object() -> None:
-    optimizer = optim.AdamW(parameters_with_gradients(), lr=1e-2)
-    with local(optimizer):
-        optimizer.step()
-        before = [id(value) for state in optimizer.state.values() for value in state.values()]
-        optimizer.step()
-    assert [id(value) for state in optimizer.state.values() for value in state.values()] == before
-
-
-def test_state_stays_the_same_object(pool) -> None:
-    pool(2)(state_stays_the_same_object)
-
-
-def autograd_notices_the_update() -> None:
-    parameter = parameters_with_gradients()[0]
-    optimizer = optim.AdamW([parameter], lr=1e-2)
-    before = parameter._version
-    with local(optimizer):
-        optimizer.step()
-    assert parameter._version > before
-
-
-def test_autograd_notices_the_update(pool) -> None:
-    pool(2)(autograd_notices_the_update)
-
-
-class Interrupted(Exception):
-    pass
-
-
-def interrupted_closure() -> float:
-    raise Interrupted
-
-
-def a_step_that_raises(in_closure: bool) -> None:
-    parameters = parameters_with_gradients()
-    optimizer = optim.AdamW(parameters, lr=1e-2)
-    broken = mock.patch("torch.optim.adam.adam", side_effect=Interrupted)
-    with pytest.raises(Interrupted), broken, local(optimizer):
-        optimizer.step(interrupted_closure if in_closure else None)
-    assert all(p is q for p, q in zip(optimizer.param_groups[0]["params"], parameters, strict=True))
-    assert all(isinstance(state["exp_avg"], DTensor) for state in optimizer.state.values())
-    assert not optimizer._optimizer_step_pre_hooks
-    assert not optimizer._optimizer_step_post_hooks
-
-
-@pytest.mark.parametrize("in_closure", [True, False], ids=["closure", "step"])
-def test_all_is_put_back_after_an_exception(pool, in_closure) -> None:
-    pool(2)(a_step_that_raises, in_closure)
-
-
-def closures(positional: bool) -> None:
-    with_closure, without = parameters_with_gradients(), parameters_with_gradients()
-    gradients = [p.grad for p in with_closure]
-    optimizer = optim.AdamW(with_closure, lr=1e-2)
-    optimizer.zero_grad()
-
-    def closure() -> float:
-        assert all(isinstance(p, DTensor) for p in optimizer.param_groups[0]["params"])
-        for parameter, gradient in zip(with_closure, gradients, strict=True):
-            parameter.grad = gradient
-        return 3.0
-
-    reference = optim.AdamW(without, lr=1e-2)
-    for _ in range(2):
-        with local(optimizer):
-            assert (optimizer.step(closure) if positional else optimizer.step(closure=closure)) == 3.0
-        with local(reference):
-            reference.step()
-    for parameter, expected in zip(with_closure, without, strict=True):
-        assert torch.equal(parameter.to_local(), expected.to_local())  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("positional", [True, False])
-def test_a_closure_computes_on_dtensors(pool, positional) -> None:
-    pool(2)(closures, positional)
-
-
-def schedulers() -> None:
-    parameters = parameters_with_gradients()
-    optimizer = optim.SGD(parameters, lr=1.0)
-    scheduler = optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.1)
-    start = [p.detach().to_local().clone() for p in parameters]  # type: ignore[attr-defined]
-    for _ in range(2):
-        with local(optimizer):
-            optimizer.step()
-        scheduler.step()
-    for parameter, first in zip(parameters, start, strict=True):
-        torch.testing.assert_close(parameter.detach().to_local(), first - 1.1 * parameter.grad.to_local())  # type: ignore[attr-defined, union-attr]
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
-
-
-def test_schedulers_set_the_learning_rate(pool) -> None:
-    pool(2)(schedulers)
-
-
-def state_dict_round_trip() -> None:
-    one, other = parameters_with_gradients(), parameters_with_gradients()
-    first, second = optim.AdamW(one, lr=1e-2), optim.AdamW(other, lr=1e-2)
-    with local(first):
-        first.step()
-    second.load_state_dict(deepcopy(first.state_dict()))  # which torch does not copy
-    for parameter, copy in zip(one, other, strict=True):
-        copy.data.to_local().copy_(parameter.data.to_local())  # type: ignore[attr-defined]
-    for optimizer in (first, second):
-        with local(optimizer):
-            optimizer.step()
-    for parameter, copy in zip(one, other, strict=True):
-        assert torch.equal(parameter.to_local(), copy.to_local())  # type: ignore[attr-defined]
-    with local(second):
-        second.step()
-    second.step()  # and on DTensors again
-
-
-def test_state_dict(pool) -> None:
-    pool(2)(state_dict_round_trip)
-
-
-def train_and_save(sizes: tuple[int, int], path: Path) -> None:
-    model = sharded_model(sizes)
-    parameters = list(model.parameters())
-    optimizer = optim.AdamW([p for p in parameters if p.requires_grad], lr=1e-2)
-    for step in range(3):
-        set_gradients(parameters, step, every=True)
-        with local(optimizer):
-            optimizer.step()
-    state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.save(state, checkpoint_id=path)
-
-
-def load_and_train(sizes: tuple[int, int], path: Path) -> list[float]:
-    """Sums over the weights after another step."""
-    model = sharded_model(sizes)
-    parameters = list(model.parameters())
-    optimizer = optim.AdamW([p for p in parameters if p.requires_grad], lr=1e-2)
-    state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.load(state, checkpoint_id=path)
-    model.load_state_dict(state["model"])
-    set_optimizer_state_dict(model, optimizer, state["optimizer"])
-    set_gradients(parameters, 3, every=True)
-    with local(optimizer):
-        optimizer.step()
-    return [float(gather_shards(p).double().abs().sum()) for p in parameters]
-
-
-def test_a_checkpoint_moves_to_other_meshes(pool, tmp_path) -> None:
-    pool(4)(train_and_save, (2, 2), tmp_path)
-    expected = pool(4)(load_and_train, (2, 2), tmp_path)
-    for sizes in [(1, 2), (2, 1)]:
-        assert pool(2)(load_and_train, sizes, tmp_path) == pytest.approx(expected, rel=1e-9)
-
-
 def lightning_optimizer() -> None:
     optimizer = optim.AdamW(parameters_with_gradients(), lr=1e-2)
     strategy = SingleDeviceStrategy()
@@ -514,87 +281,3 @@ def test_bf16_is_as_near_to_the_exact_result_as_by_default(kind, options) -> Non
     exact = train_in(torch.float64, False)
     default = (train_in(torch.bfloat16, False) - exact).abs().mean()
     assert (train_in(torch.bfloat16, True) - exact).abs().mean() <= 1.1 * default
-
-
-def test_a_step_without_values() -> None:
-    """In which memory is counted; the default's loop would ask for values."""
-    with FakeTensorMode():
-        parameter = nn.Parameter(torch.randn(4, 4))
-        parameter.grad = torch.randn(4, 4)
-        optimizer = optim.AdamW([parameter])
-        for _ in range(2):
-            with local(optimizer):
-                optimizer.step()
-    assert optimizer.state[parameter]["exp_avg"].shape == (4, 4)
-
-
-class Temporaries(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make: ``peak`` of those alive together."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {id(storage) for storage in _storages((args, kwargs))}
-        out = operation(*args, **(kwargs or {}))
-        for storage in _storages(out):
-            if id(storage) not in given | self._known:
-                self._known.add(id(storage))
-                self.alive += storage.nbytes()
-                weakref.finalize(storage, self._freed, id(storage), storage.nbytes())
-        self.peak = max(self.peak, self.alive)
-        return out
-
-    def _freed(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.alive -= size
-
-
-def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
-    return (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
-
-
-def temporaries(kind: type[Optimizer], options: dict[str, Any], piece: int | None) -> tuple[int, int, int]:
-    """Peak in the second step, bytes of the largest parameter, and of all. Without ``piece``, not on local shards."""
-    plain = [nn.Parameter(torch.randn(64, 64)) for _ in range(10)]
-    optimizer = kind(plain, lr=1e-2, **options)  # type: ignore[call-arg]
-    peak = 0
-    for _ in range(2):
-        for parameter in plain:
-            parameter.grad = torch.randn(64, 64)
-        with Temporaries() as tracker:
-            if piece is None:
-                optimizer.step()
-            else:
-                with mock.patch("fabric_tp.strategy.optimizer.PIECE", piece), local(optimizer):
-                    optimizer.step()
-        peak = tracker.peak
-    return peak, plain[0].nbytes, sum(p.nbytes for p in plain)
-
-
-SCALAR_BYTES = 1024
-
-
-@pytest.mark.parametrize("kind", [optim.AdamW, optim.Adam, optim.SGD])
-def test_fused_updates_have_no_temporaries(kind) -> None:
-    peak, _, _ = temporaries(kind, {"weight_decay": 0.1}, PIECE)
-    assert peak < SCALAR_BYTES
-
-
-@pytest.mark.parametrize("piece", [1, 2 * 64 * 64 * 4])
-def test_foreach_has_temporaries_of_a_piece(piece) -> None:
-    peak, largest, _ = temporaries(optim.AdamW, {"foreach": True}, piece)
-    assert peak <= max(piece, largest) + SCALAR_BYTES
-
-
-def test_foreach_of_torch_has_temporaries_of_all_parameters() -> None:
-    peak, _, everything = temporaries(optim.AdamW, {"foreach": True}, None)
-    assert peak >= everything
-
-
-@pytest.mark.parametrize("kind", [kind for kind in ELEMENTWISE if kind not in (optim.AdamW, optim.Adam, optim.SGD)])
-def test_others_have_temporaries_of_three_parameters(kind) -> None:
-    peak, largest, _ = temporaries(kind, {}, 1)
-    assert peak <= 3 * largest + SCALAR_BYTES

@@ -20,6 +20,11 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Gemma3": ("Gemma3", {"head_dim": 16, "sliding_window": WINDOW}),
     "Gemma3, six layers": ("Gemma3", {"head_dim": 16, "sliding_window": WINDOW, "num_hidden_layers": 6}),
     "Olmo2": ("Olmo2", {}),
+    "GPT-NeoX": ("GPTNeoX", {"num_key_value_heads": None}),
+    "GPT-NeoX, one residual after the other": (
+        "GPTNeoX",
+        {"num_key_value_heads": None, "use_parallel_residual": False},
+    ),
     "Mixtral": ("Mixtral", {}),
 }
 """Families of Transformers' causal language models, and what their configs need besides small sizes."""
@@ -48,7 +53,8 @@ def small_transformers(name: str, **overrides: Any) -> nn.Module:
         "use_cache": False,
     }
     config_class = getattr(transformers, f"{family}TextConfig", None) or getattr(transformers, f"{family}Config")
-    config = config_class(**{**sizes, **options, **overrides})
+    given = {**sizes, **options, **overrides}
+    config = config_class(**{name: value for name, value in given.items() if value is not None})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return getattr(transformers, f"{family}ForCausalLM")(config)

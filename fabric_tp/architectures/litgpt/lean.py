@@ -17,7 +17,7 @@ from fabric_tp import _torch
 from fabric_tp.architectures.lean import Table
 from fabric_tp.autograd.activations import activated, gated
 from fabric_tp.autograd.norms import rms_norm
-from fabric_tp.autograd.recompute import recomputed
+from fabric_tp.autograd.recompute import recomputed_by_compiler
 
 
 class LeanRMSNorm(nn.Module):
@@ -87,7 +87,8 @@ class LeanAttention(nn.Module):
         if self.slides:
             mask = self._window(q)
         elif torch.compiler.is_compiling() and self.apply_sliding_window_attention and torch.is_grad_enabled():
-            mask = recomputed(window_mask, *self._window_of(q))  # the module's own, now unused, is never made
+            # The module's own, now unused, is never made.
+            mask = recomputed_by_compiler(window_mask, *self._window_of(q))
         capped = self.config.attention_logit_softcapping is not None
         if mask is not None or capped or not torch.is_grad_enabled() or k.shape[1] != q.shape[1]:
             return super().scaled_dot_product_attention(q, k, v, mask)  # type: ignore[misc]

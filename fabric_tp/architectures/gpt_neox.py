@@ -1,0 +1,39 @@
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from fabric_tp.architectures.architecture import Architecture, Attention, Block, FeedForward, Fused, HeadCounts
+
+
+def _counts(attention: nn.Module) -> HeadCounts:
+    module: Any = attention
+    heads = module.query_key_value.out_features // (3 * module.head_size)
+    return HeadCounts(query=heads, key_value=heads, size=module.head_size)
+
+
+def _qkv(attention: nn.Module) -> Mapping[str, int]:
+    counts = _counts(attention)
+    return dict.fromkeys(("q", "k", "v"), counts.query * counts.size)
+
+
+GPT_NEOX = Architecture(
+    name="gpt_neox",
+    description="a Transformers GPT-NeoX (Pythia, GPT-NeoX-20B)",
+    embedding="gpt_neox.embed_in",
+    blocks="gpt_neox.layers",
+    block=Block(
+        norms=("input_layernorm", "post_attention_layernorm"),
+        attention=Attention(
+            name="attention",
+            counts=_counts,
+            fused={"query_key_value": Fused(_qkv, "by_group")},
+            outputs=("dense",),
+            dropout_rates=("attention_dropout",),
+        ),
+        feed_forward=FeedForward(name="mlp", inputs=("dense_h_to_4h",), outputs=("dense_4h_to_h",)),
+    ),
+    norm="gpt_neox.final_layer_norm",
+    head="embed_out",
+    measures_embedding=True,
+)
