@@ -9,7 +9,8 @@ import torch.distributed as dist
 import fabric_tp
 from fabric_tp.random import get_state
 from tests.models import VOCABULARY
-from tests.styles.test_dropout import everywhere, parallelized, samples
+from tests.styles.dropout_models import everywhere
+from tests.styles.dropout_runs import parallelized, samples
 
 MESHES = [(1, 2), (2, 1), (1, 4), (2, 2)]
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fabric_tp.random import get_state, set_state
 from fabric_tp.testing.parity import TOLERANCE
-from tests.styles.test_dropout import everywhere, parallelized, train_step, worst
+from tests.styles.dropout_models import everywhere
+from tests.styles.dropout_runs import parallelized, train_step, worst
 
 STEPS = 4
 

@@ -29,6 +29,9 @@ from fabric_tp.testing.small import randomize
 SIZES = {"t": 2, "b": 5, "s": 16, "h": 22, "f": 12, "v": 14, "n": 20, "d": 4, "k": 3, "r": 9}
 """No two are alike, nor are their halves."""
 
+MEASURED = ("x", "inside", "y", "forward", "backward", "gradient")
+"""Columns that are neither arguments nor parameters."""
+
 Row = Mapping[str, str]
 Part = Callable[[Tensor, int], Tensor]
 """Of a whole tensor, what a rank has."""
@@ -102,12 +105,11 @@ def check(example: Example, row: Row, by_keyword: bool = False) -> None:
         by_keyword: Give the input by the name that the module has for it.
     """
     row, sizes = {**example.cells, **row}, {**SIZES, **example.sizes}
-    rank, size, style = dist.get_rank(), sizes["t"], example.style_of(row)
+    style, size, rank = example.style_of(row), sizes["t"], dist.get_rank()
     original, reference, model = build(example, style, size)
-    module = model["it"]
-    check_contract(style, original["it"], module, example.inner)
-
+    check_contract(style, original["it"], model["it"], example.inner)
     x_part, y_part = part_of(row["x"], size, example.x_part), part_of(row["y"], size, example.y_part)
+
     whole_x = seeded(lambda: example.make_x(shape_of(row["x"].replace("/t", ""), sizes)))
     x = (x_part(whole_x, rank) if x_part else whole_x).clone()
     for each in (whole_x, x):
@@ -117,29 +119,33 @@ def check(example: Example, row: Row, by_keyword: bool = False) -> None:
     if y_part:
         y_grads = [seeded(lambda r=r: normal(y_part(whole_y, r).shape), seed=r) for r in range(size)]
     whole_y.backward(sum(adjoint(y_part, whole_y, grad, r) for r, grad in enumerate(y_grads)))
+    y, counter = run(model["it"], x, y_grads[rank % len(y_grads)], by_keyword)
 
-    first = next(iter(inspect.signature(original["it"].forward).parameters))
-    with CollectiveCounter(mesh(1, size)) as counter:
-        counter.phase = "forward"
-        y = module(**{first: x}) if by_keyword else module(x)
-        counter.phase = "backward"
-        local_y = y.to_local() if isinstance(y, DTensor) else y
-        local_y.backward(y_grads[rank % len(y_grads)])
-    assert not isinstance(y, DTensor) or y.shape == whole_y.shape
-
-    measured = {"x": str(tuple(x.shape)), "y": str(tuple(local_y.shape))}
-    measured["y"] += " partial" if is_partial(local_y, whole_y, y_part, size) else ""
+    measured = {"x": str(tuple(x.shape)), "y": str(tuple(y.shape))}
+    measured["y"] += " partial" if is_partial(y, whole_y, y_part, size) else ""
     partial_grads = ["x"] if x.grad is not None and is_partial(x.grad, whole_x.grad, x_part, size) else []
     partial_grads += partial_parameters(style, original["it"], reference, model, size)
     measured["gradient"] = f"partial: {', '.join(partial_grads)}" if partial_grads else ""
     for phase, said in zip(("forward", "backward"), style.collectives(), strict=True):
         issued = [each for each in counter.collectives if each.phase == phase]
         assert sorted(each.kind for each in issued) == sorted(re.findall("all-[a-z]+|reduce-scatter", said))
-        sized = "(" in row.get(phase, "")
+        sized = "(" in row[phase]
         measured[phase] = ", ".join(each.kind + (f" of {each.nbytes // 8}" if sized else "") for each in issued)
     for name in row.keys() - measured.keys() - inspect.signature(type(style)).parameters.keys():
-        measured[name] = str(seen_inside(module) if name == "inside" else local_shape(module, name))
-    assert measured == {**documented(row, sizes), **{name: measured[name] for name in measured.keys() - row.keys()}}
+        measured[name] = str(seen_inside(model["it"]) if name == "inside" else local_shape(model["it"], name))
+    assert measured == {"gradient": "", **documented(row, sizes)}
+
+
+def run(module: nn.Module, x: Tensor, y_grad: Tensor, by_keyword: bool) -> tuple[Tensor, CollectiveCounter]:
+    """This rank's output, and what a forward and a backward issued."""
+    name = module.parallelized.first_argument
+    with CollectiveCounter(mesh(1, dist.get_world_size())) as counter:
+        counter.phase = "forward"
+        y = module(**{name: x}) if by_keyword else module(x)
+        counter.phase = "backward"
+        local = y.to_local() if isinstance(y, DTensor) else y
+        local.backward(y_grad)
+    return local, counter
 
 
 def documented(row: Row, sizes: Mapping[str, int]) -> dict[str, str]:
