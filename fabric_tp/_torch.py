@@ -126,6 +126,11 @@ def flatten(mesh: DeviceMesh) -> None:
     mesh._flatten()
 
 
+def process_groups() -> list[torch.distributed.ProcessGroup]:
+    """The groups this process belongs to, in the order in which they were made; the default one is the first."""
+    return list(torch.distributed.distributed_c10d._world.pg_map)
+
+
 def foreach_norms(tensors: list[Tensor], norm_type: float) -> list[Tensor]:
     """The norm ``()`` of each tensor, in fp32 for half precision; one kernel for many tensors."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}

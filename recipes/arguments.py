@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data import TextFiles, vocabulary_size
+from fabric_tp.launching import Launcher, detect
 from litgpt import Config, Tokenizer
 from litgpt.config import name_to_config
 from litgpt.data import DataModule
 from torch.utils.data import DataLoader, IterableDataset
-
-from fabric_tp.launching import Launcher, detect
 
 TINY_LLAMA_3: dict[str, Any] = {
     "name": "tiny-llama-3",

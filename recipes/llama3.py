@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from arguments import Args, Sizes, check_data, connect_data, decide_sizes, find_launcher, model_config
 from checkpoints import check_same_run, find_checkpoint, set_aside, what_it_continues
 from data import GlobalBatchSampler
+from fabric_tp.launching import Launcher
 from jsonargparse import auto_cli, capture_parser, set_parsing_settings
 from lightning.fabric.loggers import CSVLogger, Logger, TensorBoardLogger
 from litgpt import GPT, Config, PromptStyle, Tokenizer
@@ -45,7 +46,6 @@ from tqdm import tqdm
 import fabric_tp
 from fabric_tp.checkpoint import replacing
 from fabric_tp.data import SeededSamples
-from fabric_tp.launching import Launcher
 
 IGNORE = -100  # targets that do not count: prompts and padding in litgpt's instruction data
 

@@ -12,8 +12,10 @@ import lightning as L
 import torch
 from lightning.fabric.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 import fabric_tp
+from fabric_tp.testing.ranks import mesh
 from tests.models import LENGTH, VOCABULARY
 
 
@@ -34,7 +36,7 @@ def on_ranks(
         strategy = fabric_tp.TensorParallelStrategy(function, dp, tp, **options)
     else:
         strategy = ModelParallelStrategy(function, dp, tp, **options)  # type: ignore[assignment]
-    with mock.patch.dict(os.environ, torchrun_environment()):
+    with as_under_torchrun():
         os.environ.pop("PL_GLOBAL_SEED", None)
         fabric = L.Fabric(
             accelerator="cpu",
@@ -45,6 +47,21 @@ def on_ranks(
         )
         fabric.launch()
         yield fabric
+
+
+@contextmanager
+def as_under_torchrun() -> Iterator[None]:
+    """torchrun's environment on this rank of the pool, where each Fabric gets the mesh that the pool has already."""
+
+    def shared(device_type: str, mesh_shape: tuple[int, int], *, mesh_dim_names: tuple[str, str]) -> DeviceMesh:
+        assert (device_type, mesh_dim_names) == ("cpu", ("data_parallel", "tensor_parallel"))
+        return mesh(*mesh_shape)
+
+    with (
+        mock.patch.dict(os.environ, torchrun_environment()),
+        mock.patch("torch.distributed.device_mesh.init_device_mesh", shared),
+    ):
+        yield
 
 
 def torchrun_environment() -> dict[str, str]:

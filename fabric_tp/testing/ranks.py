@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import tempfile
 import traceback
@@ -10,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any, NoReturn
 
 import torch
@@ -17,31 +19,44 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from fabric_tp import _torch
+
 TIMEOUT = 300
+UNCOLLECTED_GROUPS = 30
+"""Groups destroyed between two runs of the garbage collector, which takes half a second where much is imported."""
+
+
+def _spawn(rank: int, target: Callable[..., None], args: tuple) -> BaseProcess:
+    process = mp.get_context("spawn").Process(target=target, args=args, daemon=True)
+    process.start()
+    return process
 
 
 class Ranks:
     """Processes on the CPU: ``ranks(function, *args)`` runs it on each of them and returns what rank 0 returns.
 
+    Process groups that the function has made are destroyed after it, except those of :func:`mesh`.
+
+    Args:
+        size: How many.
+        start: Starts the process of a rank: ``start(rank, target, args)`` returns what has ``kill()``, ``join()`` and
+            ``exitcode``.
+
     Raises:
         AssertionError: The function raised on some rank, whose traceback this shows; the processes are started anew.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, start: Callable[[int, Callable[..., None], tuple], Any] = _spawn) -> None:
+        self.size, self._start_one = size, start
         self._start()
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
         store = os.path.join(tempfile.mkdtemp(), "store")
-        pipes = [context.Pipe() for _ in range(self.size)]
+        pipes = [mp.get_context("spawn").Pipe() for _ in range(self.size)]
         self._connections = [ours for ours, _ in pipes]
         self._processes = [
-            context.Process(target=_serve, args=(rank, self.size, store, theirs), daemon=True)
-            for rank, (_, theirs) in enumerate(pipes)
+            self._start_one(rank, _serve, (rank, self.size, store, theirs)) for rank, (_, theirs) in enumerate(pipes)
         ]
-        for process in self._processes:
-            process.start()
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         for connection in self._connections:
@@ -82,17 +97,38 @@ def _serve(rank: int, size: int, store: str, connection: Connection) -> None:
         while True:
             function, args, kwargs = connection.recv()
             try:
-                connection.send((True, function(*args, **kwargs)))
+                answer = function(*args, **kwargs)
+                _destroy_groups()
+                connection.send((True, answer))
             except BaseException:
                 connection.send((False, traceback.format_exc()))
 
 
 _meshes: dict[tuple[int, int], DeviceMesh] = {}
+_uncollected = 0
 
 
 def mesh(data_parallel_size: int, tensor_parallel_size: int) -> DeviceMesh:
-    """Fabric's mesh, once for each shape, on a rank."""
+    """Fabric's mesh, once for each shape, on a rank.
+
+    DTensor remembers the placements of results with the mesh of the first tensors that were equal, so that a mesh of
+    the same shape must not take the place of one whose groups are gone.
+    """
     shape = (data_parallel_size, tensor_parallel_size)
     if shape not in _meshes:
         _meshes[shape] = init_device_mesh("cpu", shape, mesh_dim_names=("data_parallel", "tensor_parallel"))
     return _meshes[shape]
+
+
+def _destroy_groups() -> None:
+    """Destroy the groups of no mesh that stays: the threads of each wake a hundred times a second."""
+    global _uncollected
+    dist.barrier()  # a rank may still be in a collective of theirs
+    staying = {group for each in _meshes.values() for group in each.get_all_groups()}
+    gone = [group for group in _torch.process_groups()[1:] if group not in staying]
+    for group in gone:
+        dist.destroy_process_group(group)
+    _uncollected += len(gone)
+    if _uncollected >= UNCOLLECTED_GROUPS:
+        gc.collect()  # threads end with the group's last reference, which may be in a cycle
+        _uncollected = 0
