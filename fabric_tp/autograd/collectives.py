@@ -14,6 +14,9 @@ gather_replicated      all-gather      own slice
 scatter                own slice       all-gather
 all_reduce             all-reduce      all-reduce
 =====================  ==============  ==============
+
+:func:`sum_over_ranks`, :func:`maximum_over_ranks` and :func:`stack_over_ranks` have no gradient: they are for the
+forward of an autograd function that knows its own.
 """
 
 from __future__ import annotations
@@ -46,6 +49,11 @@ class Group:
     @classmethod
     def of(cls, mesh: DeviceMesh) -> Group:
         return cls(name=mesh.get_group().group_name, size=mesh.size(), rank=mesh.get_local_rank())
+
+    @classmethod
+    def alone(cls) -> Group:
+        """One rank, which has everything."""
+        return cls(name="", size=1, rank=0)
 
 
 def copy(x: Tensor, group: Group) -> Tensor:
@@ -86,6 +94,21 @@ def scatter(x: Tensor, group: Group, dim: int = SEQUENCE_DIM) -> Tensor:
 def all_reduce(x: Tensor, group: Group) -> Tensor:
     """Partial sums ``(..., n)`` -> their sum, which each rank then uses for something of its own."""
     return copy(reduce(x, group), group)
+
+
+def sum_over_ranks(x: Tensor, group: Group) -> Tensor:
+    """``(...)`` on each rank -> their sum on every rank; no gradient."""
+    return x if group.size == 1 else _torch.all_reduce(x, group.name)
+
+
+def maximum_over_ranks(x: Tensor, group: Group) -> Tensor:
+    """``(...)`` on each rank -> their maximum on every rank; no gradient."""
+    return x if group.size == 1 else _torch.all_reduce(x, group.name, "max")
+
+
+def stack_over_ranks(x: Tensor, group: Group) -> Tensor:
+    """``(...)`` on each rank -> ``(t, ...)`` on every rank; no gradient."""
+    return x[None] if group.size == 1 else _torch.all_gather(x[None], group.size, group.name)
 
 
 class _Copy(Function):

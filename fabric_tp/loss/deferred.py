@@ -14,12 +14,13 @@ from torch.utils._pytree import tree_map
 from fabric_tp import _torch
 from fabric_tp.autograd.collectives import SEQUENCE_DIM, Group, Layout
 
-Step = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+Operation = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+"""A function, and what it was called with after the logits."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Head:
-    """What a vocabulary-sharded linear layer was called with."""
+class LMHeadCall:
+    """What the LM head, a linear layer split over the vocabulary, was called with."""
 
     hidden: Tensor
     """``(b, s, h)``, or this rank's ``(b, s/t, h)`` under the layout ``"sequence"``."""
@@ -28,7 +29,7 @@ class Head:
     bias: Tensor | None
     group: Group
     layout: Layout
-    compute: Callable[[Head, Tensor | None], Tensor]
+    compute: Callable[[LMHeadCall, Tensor | None], Tensor]
     """The logits of all rows, or of those of these numbers, as the layer returns them otherwise."""
 
     @property
@@ -46,7 +47,7 @@ class Head:
 
 
 class DeferredLogits(Tensor):
-    """The logits ``(b, s, v)`` of a head with ``fused_loss``, not computed yet.
+    """The logits ``(b, s, v)`` of an LM head with ``fused_loss``, not computed yet.
 
     :func:`fabric_tp.cross_entropy` computes the loss from them without the logits ever being whole. They stay deferred
     when rows are selected or put in another shape (``logits[:, :-1]``, ``logits.view(-1, v)``), under a change of the
@@ -55,15 +56,15 @@ class DeferredLogits(Tensor):
     hook on the deferred logits themselves is called in the backward with None, since they have no gradient.
     """
 
-    head: Head
+    call: LMHeadCall
     rows: Tensor | None
-    """Which rows of the head these are, counted from 0 in ``(b, s)``; None for all."""
-    steps: tuple[Step, ...]
+    """Which rows of the LM head's output these are, counted from 0 in ``(b, s)``; None for all."""
+    operations: tuple[Operation, ...]
     """What was done to them elementwise."""
 
     @staticmethod
-    def of(head: Head) -> DeferredLogits:
-        return _deferred(head, head.shape, head.weight.dtype, None, (), head.inputs)
+    def of(call: LMHeadCall) -> DeferredLogits:
+        return _deferred(call, call.shape, call.weight.dtype, None, (), call.inputs)
 
     @property
     def softcap(self) -> float | None:
@@ -72,16 +73,17 @@ class DeferredLogits(Tensor):
         Raises:
             ValueError: Something else was done.
         """
-        done = [step for step in self.steps if step[0] not in _CASTS]
+        done = [operation for operation in self.operations if operation[0] not in _CASTS]
         if not done:
             return None
-        if [function for function, *_ in done] not in _SOFTCAPPING or done[0][1] != done[2][1]:
+        functions, arguments = [function for function, *_ in done], [args for _, args, _ in done]
+        if functions not in _SOFTCAPPING or arguments[0] != arguments[2] or not arguments[0][0] > 0:
             raise ValueError("These logits were changed otherwise than by softcapping.")
-        return float(done[0][1][0])
+        return float(arguments[0][0])
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing but softcapping was done to what the head computes."""
+        """Whether nothing but softcapping was done to what the LM head computes."""
         try:
             _ = self.softcap
         except ValueError:
@@ -90,19 +92,19 @@ class DeferredLogits(Tensor):
 
     def compute(self) -> Tensor:
         """The real logits."""
-        head = self.used()
-        logits = head.compute(head, self.rows)
-        for function, args, kwargs in self.steps:
+        call = self.used()
+        logits = call.compute(call, self.rows)
+        for function, args, kwargs in self.operations:
             logits = function(logits, *args, **kwargs)
         return logits
 
-    def used(self) -> Head:
-        """The head, with these logits between its gradients and what the gradients are of."""
+    def used(self) -> LMHeadCall:
+        """The call, with these logits between its gradients and what the gradients are of."""
         for name in ("hidden", "weight", "bias"):
-            x = getattr(self.head, name)
+            x = getattr(self.call, name)
             if x is not None and x.requires_grad and self.requires_grad:
-                return replace(self.head, **{name: _Use.apply(x, self)})
-        return self.head
+                return replace(self.call, **{name: _Use.apply(x, self)})
+        return self.call
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype})"
@@ -145,15 +147,15 @@ class _Defer(Function):
     @staticmethod
     def forward(
         ctx: Any,
-        head: Head,
+        call: LMHeadCall,
         shape: tuple[int, ...],
         dtype: torch.dtype,
         rows: Tensor | None,
-        steps: tuple[Step, ...],
+        operations: tuple[Operation, ...],
         *sources: Tensor,
     ) -> DeferredLogits:
         ctx.set_materialize_grads(False)
-        return _new(head, shape, dtype, rows, steps)
+        return _new(call, shape, dtype, rows, operations)
 
     @staticmethod
     def backward(ctx: Any, grad: None) -> tuple[None, ...]:
@@ -161,7 +163,7 @@ class _Defer(Function):
 
 
 class _Use(Function):
-    """An input of the head where the logits are used at last: the backward tells them, and goes on to the input."""
+    """An input of the LM head where the logits are used at last: the backward tells them, and goes on to the input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, logits: DeferredLogits) -> Tensor:
@@ -173,21 +175,21 @@ class _Use(Function):
 
 
 def _deferred(
-    head: Head,
+    call: LMHeadCall,
     shape: tuple[int, ...],
     dtype: torch.dtype,
     rows: Tensor | None,
-    steps: tuple[Step, ...],
+    operations: tuple[Operation, ...],
     sources: tuple[Tensor, ...],
 ) -> DeferredLogits:
-    return _Defer.apply(head, shape, dtype, rows, steps, *sources)
+    return _Defer.apply(call, shape, dtype, rows, operations, *sources)
 
 
 def _new(
-    head: Head, shape: tuple[int, ...], dtype: torch.dtype, rows: Tensor | None, steps: tuple[Step, ...]
+    call: LMHeadCall, shape: tuple[int, ...], dtype: torch.dtype, rows: Tensor | None, operations: tuple[Operation, ...]
 ) -> DeferredLogits:
-    logits = _torch.without_memory(DeferredLogits, shape, dtype, head.hidden.device)
-    logits.head, logits.rows, logits.steps = head, rows, steps
+    logits = _torch.without_memory(DeferredLogits, shape, dtype, call.hidden.device)
+    logits.call, logits.rows, logits.operations = call, rows, operations
     return logits
 
 
@@ -201,7 +203,8 @@ def _elementwise(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -
         return None
     else:
         dtype = logits.dtype
-    return _deferred(logits.head, logits.shape, dtype, logits.rows, (*logits.steps, (func, args, kwargs)), (logits,))
+    operations = (*logits.operations, (func, args, kwargs))
+    return _deferred(logits.call, logits.shape, dtype, logits.rows, operations, (logits,))
 
 
 def _cast(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> torch.dtype | None:
@@ -230,7 +233,7 @@ def _select(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> Def
     if trial.shape[-1:] != (width,) or trial.stride(-1):
         return None
     selected = numbers(rows)[..., 0].contiguous()
-    return _deferred(logits.head, (*selected.shape, width), logits.dtype, selected, logits.steps, (logits,))
+    return _deferred(logits.call, (*selected.shape, width), logits.dtype, selected, logits.operations, (logits,))
 
 
 def autocast(x: Any) -> Any:

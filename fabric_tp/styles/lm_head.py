@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from fabric_tp.autograd.collectives import Layout, gather_replicated
-from fabric_tp.loss.deferred import DeferredLogits, Head, autocast
+from fabric_tp.loss.deferred import DeferredLogits, LMHeadCall, autocast
 from fabric_tp.styles.colwise import Colwise
 from fabric_tp.styles.layout import enter_sharded
 from fabric_tp.styles.style import LocalModule, Parallelized
@@ -19,17 +19,17 @@ class _LMHead(LocalModule):
         if not style.fused_loss:
             return super().compute(x)
 
-        def logits(head: Head, rows: Tensor | None) -> Tensor:
-            x = enter_sharded(this, head.hidden, head.layout)
+        def logits(call: LMHeadCall, rows: Tensor | None) -> Tensor:
+            x = enter_sharded(this, call.hidden, call.layout)
             if rows is not None:
                 x = x.flatten(0, -2)[rows]
-            return style.sharded(this, F.linear(x, head.weight, head.bias))
+            return style.sharded(this, F.linear(x, call.weight, call.bias))
 
         hidden, weight, bias = (autocast(tensor) for tensor in (x, self.weight, self.bias))
         layout = style.input_layout
         assert layout
         return DeferredLogits.of(
-            Head(hidden=hidden, weight=weight, bias=bias, group=this.group, layout=layout, compute=logits)
+            LMHeadCall(hidden=hidden, weight=weight, bias=bias, group=this.group, layout=layout, compute=logits)
         )
 
 
