@@ -4,39 +4,17 @@ Every mistake is a ValueError that says what was given and what would do. All bu
 are found before any process meets another.
 """
 
-import difflib
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from data import TextFiles, vocabulary_size
+from data import TextFiles
+from jsonargparse import auto_cli
 from litgpt import Config, Tokenizer
-from litgpt.config import name_to_config
 from litgpt.data import DataModule
-from torch.utils.data import DataLoader, IterableDataset
 
+import fabric_tp
 from fabric_tp.launching import Launcher, detect
-
-TINY_LLAMA_3: dict[str, Any] = {
-    "name": "tiny-llama-3",
-    "block_size": 1024,
-    "vocab_size": 1024,
-    "padding_multiple": 64,
-    "n_layer": 4,
-    "n_embd": 128,
-    "n_head": 8,
-    "n_query_groups": 4,
-    "rotary_percentage": 1.0,
-    "parallel_residual": False,
-    "bias": False,
-    "norm_class_name": "RMSNorm",
-    "mlp_class_name": "LLaMAMLP",
-    "intermediate_size": 384,
-    "rope_base": 500000,
-    "rope_adjustments": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 512},
-}
-
 
 AT_LEAST_ONE = (
     *("data_parallel_size", "tensor_parallel_size", "global_batch_size", "micro_batch_size", "max_seq_length"),
@@ -152,6 +130,28 @@ class Sizes:
         return self.global_batch // (self.data_parallel * self.micro_batch)
 
 
+@dataclass(frozen=True)
+class Job:
+    """All that is known before processes meet."""
+
+    args: Args
+    launcher: Launcher
+    sizes: Sizes
+    config: Config
+    parallelize: fabric_tp.Parallelize
+    tokenizer: Tokenizer | None
+    """None if the data trains its own."""
+    checkpoint: Path | None
+    """To resume from."""
+    run: dict[str, Any]
+    """What a checkpoint must have been made with."""
+
+
+def command_line(arguments: list[str] | None = None) -> Args:
+    defaults = {"data": {"class_path": "data.TextFiles"}}  # so that --data.path works without --data
+    return auto_cli(Args, as_positional=False, args=arguments, set_defaults=defaults)
+
+
 def find_launcher(args: Args) -> Launcher:
     """What starts the processes. The parallel sizes default to all processes of a machine, or what the other leaves."""
     for name in AT_LEAST_ONE:
@@ -181,44 +181,6 @@ def decide_sizes(args: Args, launcher: Launcher) -> Sizes:
     return Sizes(data_parallel, launcher.tensor_parallel_size, global_batch, micro_batch)
 
 
-def model_config(args: Args) -> Config:
-    known = {each.name for each in fields(Config)}
-    for name in args.model.keys() - known:
-        raise ValueError(f"--model.{name}: litgpt's Config has no {name!r}.{did_you_mean(name, known)}")
-    directory = args.initial_checkpoint_dir
-    if directory is not None and not (directory / "lit_model.pth").is_file():
-        raise ValueError(f"--initial_checkpoint_dir {directory} holds no lit_model.pth.")
-
-    def make(**changes: Any) -> Config:
-        if directory is not None:
-            return Config.from_checkpoint(directory, **changes)
-        if args.model_name == TINY_LLAMA_3["name"]:
-            return Config(**{**TINY_LLAMA_3, **changes})
-        return Config.from_name(args.model_name, **changes)  # type: ignore[return-value]
-
-    try:
-        name = make().name
-    except ValueError as error:
-        hint = did_you_mean(args.model_name, [TINY_LLAMA_3["name"], *name_to_config])
-        raise ValueError(f"--model_name {args.model_name!r} is not known.{hint}") from error
-    try:
-        config = make(**args.model)
-    except (AssertionError, ValueError) as error:
-        raise ValueError(f"--model {args.model} does not fit {name}: litgpt cannot make a Config of it.") from error
-    if args.dropout and (config.post_attention_norm or config.post_mlp_norm):
-        raise ValueError(f"--dropout {args.dropout}: {config.name} has norms where the dropout would go. Use 0.")
-    if not 0 <= args.dropout < 1:
-        raise ValueError(f"--dropout {args.dropout} must lie in [0, 1), for example 0.1.")
-    if args.max_seq_length > config.block_size:
-        raise ValueError(f"max_seq_length={args.max_seq_length} is above {config.name}'s {config.block_size}.")
-    return config
-
-
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
-    return f" Did you mean {' or '.join(matches)}?" if matches else ""
-
-
 def connect_data(args: Args, sizes: Sizes) -> Tokenizer | None:
     args.tokenizer_dir = args.initial_checkpoint_dir or args.tokenizer_dir
     if args.tokenizer_dir is None and not isinstance(args.data, TextFiles):
@@ -230,24 +192,3 @@ def connect_data(args: Args, sizes: Sizes) -> Tokenizer | None:
         tokenizer = Tokenizer(args.tokenizer_dir)
     args.data.connect(tokenizer=tokenizer, batch_size=sizes.micro_batch, max_seq_length=args.max_seq_length)
     return tokenizer
-
-
-def check_data(
-    args: Args, sizes: Sizes, config: Config, tokenizer: Tokenizer, train_data: DataLoader, val_data: DataLoader
-) -> None:
-    for name, loader in (("training", train_data), ("validation", val_data)):
-        if isinstance(loader.dataset, IterableDataset):  # its length is not known, nor its order ours to choose
-            continue
-        samples = len(loader.dataset)  # type: ignore[arg-type]
-        needed = sizes.global_batch if loader is train_data else sizes.data_parallel
-        if samples < needed:
-            raise ValueError(
-                f"There are {samples} samples of {args.max_seq_length} tokens for {name}, fewer than the {needed} that"
-                " are used at once. Give more text, or lower --max_seq_length or, for training, --global_batch_size."
-            )
-    if vocabulary_size(tokenizer) > config.padded_vocab_size:  # type: ignore[operator]
-        raise ValueError(
-            f"The tokenizer has {vocabulary_size(tokenizer)} tokens and {config.name} only {config.padded_vocab_size}"
-            " rows in its embedding. Use the model's own tokenizer; for the default data, lower --data.vocab_size or"
-            " raise --model.vocab_size."
-        )

@@ -1,12 +1,20 @@
-"""The checkpoints of a run, and whether they are this run's."""
+"""What a run leaves in its out_dir: checkpoints, which may or may not be this run's, and the final model."""
 
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
-from arguments import Args, Sizes
-from litgpt import Config
+from arguments import Args, Job, Sizes, command_line
+from jsonargparse import capture_parser
+from litgpt import Config, PromptStyle
+from litgpt.prompts import save_prompt_style
+from litgpt.utils import copy_config_files, save_config
+from torch import nn
+
+import fabric_tp
+from fabric_tp.checkpoint import replacing
 
 
 def what_it_continues(args: Args, sizes: Sizes, config: Config) -> dict[str, Any]:
@@ -65,3 +73,17 @@ def set_aside(out_dir: Path, *, after: int) -> None:
         for path in earlier:
             path.rename(target / path.name)
         print(f"Moved {', '.join(path.name for path in earlier)} of an earlier run to {target}")
+
+
+def save_final(fabric: L.Fabric, job: Job, model: nn.Module) -> None:
+    """The files that litgpt's commands expect."""
+    args = job.args
+    with replacing(args.out_dir / "final", moves=fabric.is_global_zero, barrier=fabric.barrier) as unfinished:
+        fabric_tp.checkpoint.litgpt.save(model, unfinished / "lit_model.pth")
+        if not fabric.is_global_zero:
+            return
+        copy_config_files(args.tokenizer_dir or args.data.tokenizer_dir, unfinished)  # type: ignore[attr-defined]
+        save_config(job.config, unfinished)
+        save_prompt_style(getattr(args.data, "prompt_style", PromptStyle.from_config(job.config)), unfinished)
+        parser = capture_parser(command_line)
+        parser.save(parser.parse_args(), unfinished / "hyperparameters.yaml", overwrite=True)

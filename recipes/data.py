@@ -1,7 +1,7 @@
-"""Text files as training data, and the order in which training consumes samples.
+"""Text files as training data.
 
-The text is tokenized once and cached; files, not samples, are split into training and validation, so no
-file is seen by both. The order depends on the seed and the global batch only, never on the mesh.
+The text is tokenized once and cached; files, not samples, are split into training and validation, so no file is seen
+by both.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from litgpt.tokenizer import Tokenizer
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BPETokenizer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 END_OF_TEXT = "<|endoftext|>"
 NOT_LIBRARY_CODE = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
@@ -161,60 +161,6 @@ class TokenBlocks(Dataset):
         if self.random_offset:
             start += int(torch.randint(self.max_seq_length, ()))
         return torch.from_numpy(self.tokens[start : start + self.max_seq_length + 1].astype(np.int64))
-
-
-class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
-    """The micro-batches of one data-parallel rank, for any range of steps.
-
-    It produces pairs: the number of the sample in the whole run, which `fabric_tp.data.SeededSamples` makes random
-    transforms depend on, and its index in the dataset.
-
-    A step takes the next `global_batch_size` samples of the epoch's permutation, and rank r of d every d-th of
-    them from the r-th on. So a step sees the same samples on every mesh and for every micro-batch size, and a
-    run resumed at `first_step` sees what the interrupted run would have seen, without reading what it skips.
-    A rest that does not fill a global batch is left out of its epoch.
-
-    Args:
-        num_samples: The size of the dataset.
-        seed: Shuffles every epoch differently.
-        first_step: The first step to produce, counted from 0 over all epochs.
-        num_steps: How many steps to produce.
-    """
-
-    def __init__(
-        self,
-        num_samples: int,
-        *,
-        global_batch_size: int,
-        micro_batch_size: int,
-        data_parallel_rank: int,
-        data_parallel_size: int,
-        seed: int,
-        first_step: int = 0,
-        num_steps: int,
-    ) -> None:
-        self.num_samples = num_samples
-        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
-        self.data_parallel_rank, self.data_parallel_size = data_parallel_rank, data_parallel_size
-        self.seed, self.first_step, self.num_steps = seed, first_step, num_steps
-
-    def __len__(self) -> int:
-        return self.num_steps * (self.global_batch_size // (self.data_parallel_size * self.micro_batch_size))
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        steps_per_epoch = self.num_samples // self.global_batch_size
-        current_epoch, order = -1, torch.empty(0, dtype=torch.int64)
-        for step in range(self.first_step, self.first_step + self.num_steps):
-            epoch, step_of_epoch = divmod(step, steps_per_epoch)
-            if epoch != current_epoch:
-                current_epoch = epoch
-                order = torch.randperm(self.num_samples, generator=torch.Generator().manual_seed(self.seed + epoch))
-            start = step_of_epoch * self.global_batch_size
-            global_batch = order[start : start + self.global_batch_size].tolist()
-            numbered = list(enumerate(global_batch, step * self.global_batch_size))
-            mine = numbered[self.data_parallel_rank :: self.data_parallel_size]
-            for i in range(0, len(mine), self.micro_batch_size):
-                yield mine[i : i + self.micro_batch_size]
 
 
 def split_files(files: list[Path], folder: Path, val_fraction: float) -> tuple[list[Path], list[Path]]:

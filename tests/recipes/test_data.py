@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data import GlobalBatchSampler, TextFiles
+from data import TextFiles
 from litgpt import Tokenizer
 
 
@@ -173,53 +173,3 @@ def test_given_tokenizer_is_used(folder: Path) -> None:
     data.setup()
     assert torch.equal(data.train_dataset[0], own.train_dataset[0])
     assert not (data.cached / "tokenizer.json").exists()
-
-
-def steps(
-    data_parallel_size: int, micro_batch_size: int, *, num_samples: int = 100, first_step: int = 0, num_steps: int = 10
-) -> list[list[int]]:
-    """The samples of each step, from all ranks."""
-    accumulate = 24 // (data_parallel_size * micro_batch_size)
-    result: list[list[int]] = [[] for _ in range(num_steps)]
-    for rank in range(data_parallel_size):
-        sampler = GlobalBatchSampler(
-            num_samples,
-            global_batch_size=24,
-            micro_batch_size=micro_batch_size,
-            data_parallel_rank=rank,
-            data_parallel_size=data_parallel_size,
-            seed=1,
-            first_step=first_step,
-            num_steps=num_steps,
-        )
-        micro_batches = list(sampler)
-        assert len(micro_batches) == len(sampler) == num_steps * accumulate
-        assert all(len(micro_batch) == micro_batch_size for micro_batch in micro_batches)
-        for i, micro_batch in enumerate(micro_batches):
-            result[i // accumulate] += [index for _, index in micro_batch]
-    return [sorted(step) for step in result]
-
-
-def test_samples_are_numbered_over_the_run() -> None:
-    options = {"global_batch_size": 6, "data_parallel_size": 2, "seed": 0, "num_steps": 2, "first_step": 3}
-    ranks = [GlobalBatchSampler(20, micro_batch_size=3, data_parallel_rank=rank, **options) for rank in (0, 1)]
-    numbers = [[number for batch in rank for number, _ in batch] for rank in ranks]
-    assert numbers == [[18, 20, 22, 24, 26, 28], [19, 21, 23, 25, 27, 29]]
-
-
-@pytest.mark.parametrize(("data_parallel_size", "micro_batch_size"), [(1, 6), (2, 12), (2, 3), (3, 2), (4, 1)])
-def test_a_step_sees_the_same_samples_on_any_mesh(data_parallel_size: int, micro_batch_size: int) -> None:
-    assert steps(data_parallel_size, micro_batch_size) == steps(1, 24)
-
-
-def test_an_epoch_sees_no_sample_twice() -> None:
-    one, two = steps(1, 24, num_steps=8)[:4], steps(1, 24, num_steps=8)[4:]
-    assert len({sample for step in one for sample in step}) == 4 * 24
-    assert len({sample for step in two for sample in step}) == 4 * 24
-    assert one != two
-
-
-def test_resuming_continues_with_the_next_sample() -> None:
-    whole = steps(2, 6, num_steps=10)
-    for first_step in (1, 4, 7):
-        assert steps(2, 6, first_step=first_step, num_steps=10 - first_step) == whole[first_step:]

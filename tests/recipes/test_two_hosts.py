@@ -14,12 +14,9 @@ import psutil
 import pytest
 import torch
 
-from .conftest import RECIPES
-from .test_failure import rank_process, runs, wait_until
-from .test_llama3 import BIN, environment, fabric_run, losses, options, run
-
-DEADLINE = 15
-"""Seconds from the death of a rank until all are gone on both hosts."""
+from .programs import BIN, RECIPES, environment, fabric_run
+from .runs import STEPS, losses, options
+from .test_failure import DEADLINE, FOREVER, rank_process, runs, wait_until
 
 ADDRESSES = ["10.79.0.1", "10.79.0.2"]
 
@@ -94,9 +91,7 @@ def start(hosts: list[Host], tmp_path: Path) -> Iterator[Callable[[list[str]], l
         process.wait(10)
 
 
-def training(out_dir: Path, *more: object) -> list[str]:
-    sizes = ("--data_parallel_size", 2, "--tensor_parallel_size", 2)
-    return [str(RECIPES / "llama3.py"), *options(out_dir, *sizes, *more)]
+SIZES = ("--data_parallel_size", 2, "--tensor_parallel_size", 2)
 
 
 def logs(folder: Path) -> str:
@@ -110,37 +105,41 @@ def wait_for_end(started: list[subprocess.Popen], folder: Path, seconds: float) 
         time.sleep(0.1)
 
 
-def test_losses_are_those_of_one_host(start: Callable, tmp_path: Path) -> None:
-    started = start(training(tmp_path / "two", "--max_steps", 10))
-    wait_for_end(started, tmp_path, 280)
-    assert [process.returncode for process in started] == [0, 0], logs(tmp_path)
-    assert "2 x 2 processes (data x tensor parallel, cpu)" in (tmp_path / "0.log").read_text()
-    run(fabric_run(4), training(tmp_path / "one", "--max_steps", 10)[1:])
-    assert len(losses(tmp_path / "two")) == 10
-    torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-6, atol=0)
-    assert (tmp_path / "two" / "final" / "lit_model.pth").is_file()
-
-
-WHERE = """
-import socket
+TELL_GROUPS_AND_TRAIN = """
+import runpy, socket, sys
 import torch.distributed as dist
 import fabric_tp
 
-fabric = fabric_tp.launch(fabric_tp.TensorParallelStrategy(lambda model, mesh: model))
-groups = {}
-for name in ("tensor_parallel", "data_parallel"):
-    groups[name] = [None, None]
-    dist.all_gather_object(groups[name], socket.gethostname(), fabric.strategy.device_mesh.get_group(name))
-print("groups", fabric.global_rank, *groups["tensor_parallel"], *groups["data_parallel"], flush=True)
-fabric.barrier()
-"""
+launch = fabric_tp.launch
+
+def launch_and_tell(*args, **kwargs):
+    fabric = launch(*args, **kwargs)
+    groups = {name: [None, None] for name in ("tensor_parallel", "data_parallel")}
+    for name, hosts in groups.items():
+        dist.all_gather_object(hosts, socket.gethostname(), fabric.strategy.device_mesh.get_group(name))
+    print("groups", fabric.global_rank, *groups["tensor_parallel"], *groups["data_parallel"], flush=True)
+    return fabric
+
+fabric_tp.launch = launch_and_tell
+sys.argv = sys.argv[1:]
+sys.path.insert(0, RECIPES)
+runpy.run_path(sys.argv[0], run_name="__main__")
+""".replace("RECIPES", repr(str(RECIPES)))
 
 
-def test_tensor_parallel_groups_stay_inside_a_host(start: Callable, tmp_path: Path) -> None:
-    script = tmp_path / "where.py"
-    script.write_text(WHERE)
-    started = start([str(script)])
-    wait_for_end(started, tmp_path, 120)
+def test_losses_are_those_of_one_host_and_tensor_parallel_groups_stay_inside_a_host(
+    start: Callable, folder: Path, tmp_path: Path, run_2x2: Path
+) -> None:
+    script = tmp_path / "tell_groups_and_train.py"
+    script.write_text(TELL_GROUPS_AND_TRAIN)
+    out_dir = folder / "two-hosts"
+    started = start([str(script), str(RECIPES / "llama3.py"), *options(out_dir, *SIZES)])
+    wait_for_end(started, tmp_path, 280)
+    assert [process.returncode for process in started] == [0, 0], logs(tmp_path)
+    assert "2 x 2 processes (data x tensor parallel, cpu)" in (tmp_path / "0.log").read_text()
+    assert len(losses(out_dir)) == STEPS
+    torch.testing.assert_close(losses(out_dir), losses(run_2x2), rtol=1e-6, atol=0)
+    assert (out_dir / "final" / "lit_model.pth").is_file()
     found = {line for line in logs(tmp_path).splitlines() if line.startswith("groups")}
     both = "host0 host1"
     assert found == {
@@ -149,12 +148,12 @@ def test_tensor_parallel_groups_stay_inside_a_host(start: Callable, tmp_path: Pa
     }, logs(tmp_path)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("what", ["rank", "cable"])
 def test_what_happens_on_one_host_ends_both(
-    start: Callable, hosts: list[Host], tmp_path: Path, what: str, request: pytest.FixtureRequest
+    start: Callable, hosts: list[Host], folder: Path, tmp_path: Path, what: str, request: pytest.FixtureRequest
 ) -> None:
-    more = ("--max_steps", 100_000, "--log_interval", 1, "--eval_interval", 100_000, "--save_interval", 100_000)
-    started = start(training(tmp_path / "out", *more))
+    started = start([str(RECIPES / "llama3.py"), *options(folder / f"lost-{what}", *SIZES, *FOREVER)])
     main_log = tmp_path / "0.log"
     wait_until(lambda: "step 3/" in main_log.read_text() or started[0].poll() is not None, 200, main_log)
     assert [process.poll() for process in started] == [None, None], logs(tmp_path)
