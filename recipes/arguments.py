@@ -4,7 +4,7 @@ Every mistake is a ValueError that says what was given and what would do. All bu
 are found before any process meets another.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,8 @@ from litgpt import Config, Tokenizer
 from litgpt.data import DataModule
 
 import fabric_tp
-from fabric_tp.launching import Launcher, detect
+from fabric_tp.parallelize import BlockOptions, TransformerOptions, documented
+from fabric_tp.strategy.launching import Launcher, detect
 
 AT_LEAST_ONE = (
     *("data_parallel_size", "tensor_parallel_size", "global_batch_size", "micro_batch_size", "max_seq_length"),
@@ -22,8 +23,9 @@ AT_LEAST_ONE = (
 )
 
 
-@dataclass(kw_only=True)
-class Args:
+@documented
+@dataclass(frozen=True, kw_only=True)
+class Args(TransformerOptions, BlockOptions):
     """Train a Llama-3-style model, or any other of litgpt's, with tensor parallelism."""
 
     model_name: str = "tiny-llama-3"
@@ -47,22 +49,8 @@ class Args:
     """How many processes split each layer. By default all of a machine, or what data_parallel_size leaves."""
     data_parallel_size: int | None = None
     """How many groups of such processes split the batch and, by FSDP2, the parameters."""
-    sequence_parallel: bool = True
-    """Split norms and residuals over the sequence: less memory for the same communication."""
-    regather: bool = True
-    """Keep only a part of what is gathered along the sequence, and gather it again in the backward."""
-    loss_parallel: bool = True
-    """Keep the logits split over the vocabulary."""
     fused_loss: bool = True
-    """Compute logits and loss together, a chunk at a time, so that the logits are never whole."""
-    lean: bool = True
-    """Make outputs of norms and activations again in the backward instead of keeping them."""
-    activation_checkpointing: Literal["none", "full", "selective"] = "none"
-    """Compute activations again in the backward: none of them, all, or all but the expensive ones."""
-    compile: bool = False
-    """Compile each block of the model."""
     mixed_precision: Literal["bf16-mixed"] | None = None
-    """"bf16-mixed" computes in bf16 and keeps parameters and gradients in fp32."""
 
     max_steps: int = 300
     """How many optimizer steps to train, counted from the very beginning."""
@@ -115,6 +103,18 @@ class Args:
     sample_tokens: int = 64
     """By how many tokens, at most."""
 
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """None: the default data trains a tokenizer of its own."""
+        return self.initial_checkpoint_dir or self.tokenizer_dir
+
+    @property
+    def parallelize(self) -> fabric_tp.Parallelize:
+        """With all options that are the factory's."""
+        return fabric_tp.litgpt(
+            **{each.name: getattr(self, each.name) for each in fields(fabric_tp.litgpt) if each.init}
+        )
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -138,7 +138,6 @@ class Job:
     launcher: Launcher
     sizes: Sizes
     config: Config
-    parallelize: fabric_tp.Parallelize
     tokenizer: Tokenizer | None
     """None if the data trains its own."""
     checkpoint: Path | None
@@ -182,13 +181,13 @@ def decide_sizes(args: Args, launcher: Launcher) -> Sizes:
 
 
 def connect_data(args: Args, sizes: Sizes) -> Tokenizer | None:
-    args.tokenizer_dir = args.initial_checkpoint_dir or args.tokenizer_dir
-    if args.tokenizer_dir is None and not isinstance(args.data, TextFiles):
+    folder = args.tokenizer_folder
+    if folder is None and not isinstance(args.data, TextFiles):
         raise ValueError(f"{type(args.data).__name__} needs a tokenizer: a checkpoint directory as --tokenizer_dir.")
     tokenizer = None
-    if args.tokenizer_dir is not None:
-        if not any((args.tokenizer_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-            raise ValueError(f"{args.tokenizer_dir} holds neither tokenizer.json nor tokenizer.model.")
-        tokenizer = Tokenizer(args.tokenizer_dir)
+    if folder is not None:
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+            raise ValueError(f"{folder} holds neither tokenizer.json nor tokenizer.model.")
+        tokenizer = Tokenizer(folder)
     args.data.connect(tokenizer=tokenizer, batch_size=sizes.micro_batch, max_seq_length=args.max_seq_length)
     return tokenizer

@@ -61,29 +61,19 @@ def check(args: Args) -> Job:
     launcher = find_launcher(args)
     sizes = decide_sizes(args, launcher)
     config = model_config(args)
-    parallelize = fabric_tp.litgpt(
-        sequence_parallel=args.sequence_parallel,
-        regather=args.regather,
-        loss_parallel=args.loss_parallel,
-        fused_loss=args.fused_loss,
-        lean=args.lean,
-        activation_checkpointing=args.activation_checkpointing,
-        compile=args.compile,
-        mixed_precision=args.mixed_precision,
-    )
     with torch.device("meta"):
         model = make_model(args, config)
-    parallelize.check(model, tensor_parallel_size=sizes.tensor_parallel, sequence_length=args.max_seq_length)
+    args.parallelize.check(model, tensor_parallel_size=sizes.tensor_parallel, sequence_length=args.max_seq_length)
     tokenizer = connect_data(args, sizes)
     run = what_it_continues(args, sizes, config)
-    return Job(args, launcher, sizes, config, parallelize, tokenizer, find_checkpoint(args, run), run)
+    return Job(args, launcher, sizes, config, tokenizer, find_checkpoint(args, run), run)
 
 
 def launch(job: Job) -> L.Fabric:
     args = job.args
     L.seed_everything(args.seed, verbose=False)
     strategy = fabric_tp.TensorParallelStrategy(
-        job.parallelize,
+        args.parallelize,
         data_parallel_size=job.sizes.data_parallel,
         tensor_parallel_size=job.sizes.tensor_parallel,
         verify_inputs=args.verify_inputs,

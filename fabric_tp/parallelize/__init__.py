@@ -1,8 +1,9 @@
 """The factories, and the order of the steps by which they parallelize a model."""
 
 from fabric_tp.parallelize.factories import Parallelize, auto, feed_forward, from_plan, litgpt, llama
-from fabric_tp.parallelize.options import ActivationCheckpointing, BlockOptions, MixedPrecision
+from fabric_tp.parallelize.options import ActivationCheckpointing, BlockOptions, MixedPrecision, documented
 from fabric_tp.parallelize.parallelize import DATA_PARALLEL, TENSOR_PARALLEL, Derived, ParallelizeByPlan
+from fabric_tp.plan import TransformerOptions
 
 __all__ = [
     "DATA_PARALLEL",
@@ -13,7 +14,9 @@ __all__ = [
     "MixedPrecision",
     "Parallelize",
     "ParallelizeByPlan",
+    "TransformerOptions",
     "auto",
+    "documented",
     "feed_forward",
     "from_plan",
     "litgpt",
