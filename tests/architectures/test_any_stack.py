@@ -37,8 +37,10 @@ def plan(layout: Layout, loss_parallel: bool) -> fabric_tp.Parallelize:
         {
             "0": VocabParallelEmbedding(output_layout=layout),
             "1": Replicated(layout),
-            "[26]": Colwise(input_layout=layout),
-            "[48]": Rowwise(output_layout=layout),
+            "2": Colwise(layout),
+            "4": Rowwise(layout),
+            "6": Colwise(layout),
+            "8": Rowwise(layout),
             "5": Replicated(layout),
             "9": LMHead(input_layout=layout, loss_parallel=loss_parallel),
         }

@@ -10,10 +10,13 @@ from litgpt.model import CausalSelfAttention, GemmaMLP, GptNeoxMLP, LLaMAMLP, RM
 from torch import Tensor, nn
 
 from fabric_tp.architectures import LITGPT
+from fabric_tp.parallelize.factories import TORCH_LEAN
 from fabric_tp.parallelize.lean import make_lean
 from tests.models import litgpt_config
 
 LENGTH = 12
+
+TABLES = (TORCH_LEAN, LITGPT.lean)
 
 
 def norm(name: str) -> nn.Module:
@@ -44,7 +47,7 @@ def compare(module: nn.Module, x: Tensor, *rest: Tensor) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
     module.to(x.dtype)
     lean = copy.deepcopy(module)
-    make_lean(lean, LITGPT.lean)
+    make_lean(lean, TABLES)
     assert type(lean) is not type(module)
     expected, found = (outputs_and_gradients(each, x, *rest) for each in (module, lean))
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0)
@@ -103,11 +106,11 @@ def test_a_forward_of_somebody_else_stays() -> None:
             return 2 * super().forward(x)
 
     module = Doubled(64)
-    make_lean(module, LITGPT.lean)
+    make_lean(module, TABLES)
     assert type(module) is Doubled
 
 
 def test_no_class_of_litgpt_changes() -> None:
     before = {cls: cls.forward for cls in (RMSNorm, LLaMAMLP, CausalSelfAttention)}
-    make_lean(LLaMAMLP(litgpt_config("Llama-3-8B")), LITGPT.lean)
+    make_lean(LLaMAMLP(litgpt_config("Llama-3-8B")), TABLES)
     assert before == {cls: cls.forward for cls in before}
