@@ -103,17 +103,16 @@ class Args(TransformerOptions, BlockOptions):
     sample_tokens: int = 64
     """By how many tokens, at most."""
 
-    @property
-    def tokenizer_folder(self) -> Path | None:
-        """None: the default data trains a tokenizer of its own."""
-        return self.initial_checkpoint_dir or self.tokenizer_dir
 
-    @property
-    def parallelize(self) -> fabric_tp.Parallelize:
-        """With all options that are the factory's."""
-        return fabric_tp.litgpt(
-            **{each.name: getattr(self, each.name) for each in fields(fabric_tp.litgpt) if each.init}
-        )
+def tokenizer_folder(args: Args) -> Path | None:
+    """None: the default data trains a tokenizer of its own."""
+    return args.initial_checkpoint_dir or args.tokenizer_dir
+
+
+def parallelization(args: Args) -> fabric_tp.Parallelize:
+    """With all options that are the factory's."""
+    names = [each.name for each in fields(fabric_tp.litgpt) if each.init]
+    return fabric_tp.litgpt(**{name: getattr(args, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ def decide_sizes(args: Args, launcher: Launcher) -> Sizes:
 
 
 def connect_data(args: Args, sizes: Sizes) -> Tokenizer | None:
-    folder = args.tokenizer_folder
+    folder = tokenizer_folder(args)
     if folder is None and not isinstance(args.data, TextFiles):
         raise ValueError(f"{type(args.data).__name__} needs a tokenizer: a checkpoint directory as --tokenizer_dir.")
     tokenizer = None

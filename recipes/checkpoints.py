@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from arguments import Args, Job, Sizes, command_line
+from arguments import Args, Job, Sizes, command_line, tokenizer_folder
 from jsonargparse import capture_parser
 from litgpt import Config, PromptStyle
 from litgpt.prompts import save_prompt_style
@@ -82,7 +82,7 @@ def save_final(fabric: L.Fabric, job: Job, model: nn.Module) -> None:
         fabric_tp.checkpoint.litgpt.save(model, unfinished / "lit_model.pth")
         if not fabric.is_global_zero:
             return
-        copy_config_files(args.tokenizer_folder or args.data.tokenizer_dir, unfinished)  # type: ignore[attr-defined]
+        copy_config_files(tokenizer_folder(args) or args.data.tokenizer_dir, unfinished)  # type: ignore[attr-defined]
         save_config(job.config, unfinished)
         save_prompt_style(getattr(args.data, "prompt_style", PromptStyle.from_config(job.config)), unfinished)
         parser = capture_parser(command_line)

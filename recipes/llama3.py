@@ -22,7 +22,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from arguments import Args, Job, command_line, connect_data, decide_sizes, find_launcher
+from arguments import Args, Job, command_line, connect_data, decide_sizes, find_launcher, parallelization
 from batches import IGNORE, Batch, Batches, number_of
 from checkpoints import check_same_run, find_checkpoint, save_final, set_aside, what_it_continues
 from jsonargparse import set_parsing_settings
@@ -63,7 +63,7 @@ def check(args: Args) -> Job:
     config = model_config(args)
     with torch.device("meta"):
         model = make_model(args, config)
-    args.parallelize.check(model, tensor_parallel_size=sizes.tensor_parallel, sequence_length=args.max_seq_length)
+    parallelization(args).check(model, tensor_parallel_size=sizes.tensor_parallel, sequence_length=args.max_seq_length)
     tokenizer = connect_data(args, sizes)
     run = what_it_continues(args, sizes, config)
     return Job(args, launcher, sizes, config, tokenizer, find_checkpoint(args, run), run)
@@ -73,7 +73,7 @@ def launch(job: Job) -> L.Fabric:
     args = job.args
     L.seed_everything(args.seed, verbose=False)
     strategy = fabric_tp.TensorParallelStrategy(
-        args.parallelize,
+        parallelization(args),
         data_parallel_size=job.sizes.data_parallel,
         tensor_parallel_size=job.sizes.tensor_parallel,
         verify_inputs=args.verify_inputs,

@@ -22,7 +22,7 @@ from fabric_tp.plan.inspection import (
     inspect_transformer,
     join,
 )
-from fabric_tp.plan.options import TransformerOptions
+from fabric_tp.plan.options import TransformerOptions, layout_of
 from fabric_tp.plan.plan import Plan
 from fabric_tp.styles import (
     AllHeadsNorm,
@@ -66,7 +66,7 @@ def derive_plan(
     """
     found = inspect_transformer(architecture, model)
     assert architecture.block is not None
-    layout = options.layout
+    layout = layout_of(options)
     measured = architecture.measures_embedding and options.sequence_parallel
     plan: Plan = {architecture.embedding: VocabParallelEmbedding("replicate" if measured else layout)}
     if measured:
@@ -114,7 +114,7 @@ class _Deriver:
     described: Block
 
     def block(self, found: FoundBlock) -> Styles:
-        options, layout = self.options, self.options.layout
+        options, layout = self.options, layout_of(self.options)
         plan: Styles = {name: Replicated(layout) for name in found.norms}
         dropouts = {name: Dropout(layout) for name in found.dropouts.rates}
         # A dropout between attention or MLP and the residual belongs to one of them: they cannot share a reduction.
@@ -132,7 +132,7 @@ class _Deriver:
 
     def attention(self, found: FoundAttention, layout: Layout | None) -> Styles:
         if self.options.replicate_attention:
-            return _whole_attention(found, self.options.layout)
+            return _whole_attention(found, layout_of(self.options))
         heads = Heads(found.heads.query, found.heads.key_value)
         shared = None if heads.splits_key_value(self.size) else heads
         plan: Styles = {
@@ -162,7 +162,7 @@ class _Deriver:
 
         Router and experts keep what they make of the gathered input, so that there is nothing to gather again.
         """
-        described, layout = self.described.experts, self.options.layout
+        described, layout = self.described.experts, layout_of(self.options)
         assert described is not None
         plan: Styles = {"": PrepareInputOutput(layout, layout, regather=False)}
         plan |= {name: Replicated(partial_gradient=True) for name in found.router}

@@ -30,7 +30,7 @@ class TransformerOptions:
     to the model's own modules: outputs of norms and of activations are made again, keys and values are not repeated for
     the query heads that share them, masks of sliding windows are made once for all layers."""
 
-    @property
-    def layout(self) -> Layout:
-        """Of the activations between the sharded parts."""
-        return "sequence" if self.sequence_parallel else "replicate"
+
+def layout_of(options: TransformerOptions) -> Layout:
+    """Of the activations between the sharded parts. No property: command lines take those for commands."""
+    return "sequence" if options.sequence_parallel else "replicate"
