@@ -66,6 +66,7 @@ def start(command: list[str], output: Path, **more: str) -> Program:
         output: Where its stdout and stderr are appended.
         more: For its environment.
     """
+    output.touch()  # it may be read before the fork has opened it
     return Program(ask(command=command, output=str(output), environment={**environment(), **more}), output)
 
 
