@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from fabric_tp.testing.ranks import Ranks
 from tests.forks import Forks
+
+RECIPES = Path(__file__).parent / "recipes"
 
 
 @pytest.fixture(scope="session")
@@ -32,8 +35,16 @@ def pool(forks) -> Iterator[Callable[[int], Ranks]]:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is marked
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """``@pytest.mark.swept(condition)``: where the condition holds of the parameters, the test is a sweep."""
+    """``@pytest.mark.swept(condition)``: where the condition holds of the parameters, the test is a sweep.
+
+    Of the two processes that pytest-xdist starts, one runs what needs a pool of ranks, so that one pool of each
+    size is enough, and the other the recipes, which share each other's runs; the rest goes to whichever is free.
+    """
     for item in items:
+        if item.path.parent == RECIPES:
+            item.add_marker(pytest.mark.xdist_group("recipes"))
+        elif "forks" in item.fixturenames:  # type: ignore[attr-defined]
+            item.add_marker(pytest.mark.xdist_group("ranks"))
         for mark in item.iter_markers("swept"):
             if mark.args[0](item.callspec.params):  # type: ignore[attr-defined]
                 item.add_marker(pytest.mark.sweep)

@@ -1,4 +1,4 @@
-"""Thirty steps: as many objects and bytes after the last as after the fifth."""
+"""Many steps: as many objects and bytes after the last as after the fifth."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tests.fabric import as_under_torchrun
 from tests.models import LENGTH, VOCABULARY, build
 from tests.parallelize.test_parallelize import fabric_on_this_rank
 
-STEPS, WARM_UP, BATCH = 30, 5, 2
-CORE = [((1, 2), "none", 1), ((1, 2), "selective", 3), ((2, 1), "full", 3)]
+STEPS, WARM_UP, BATCH = 15, 5, 2
+CORE = [((1, 2), "selective", 3), ((2, 1), "none", 1)]
 
 
 def train(
@@ -77,7 +77,7 @@ def alive() -> Counter:
 @pytest.mark.parametrize(("accumulate", "clip"), [(1, False), (3, True)], ids=["plain", "accumulated and clipped"])
 @pytest.mark.parametrize("activation_checkpointing", ["none", "full", "selective"])
 @pytest.mark.parametrize("sizes", [(1, 2), (2, 1)], ids=str)
-def test_as_much_is_alive_after_thirty_steps_as_after_five(
+def test_as_much_is_alive_after_many_steps_as_after_five(
     pool, sizes, activation_checkpointing, accumulate, clip
 ) -> None:
     options = {"activation_checkpointing": activation_checkpointing}

@@ -47,6 +47,7 @@ def plan(layout: Layout, loss_parallel: bool) -> fabric_tp.Parallelize:
     )
 
 
+@pytest.mark.swept(lambda p: p["sizes"] == (1, 4) or (p["sizes"] == (2, 2) and not p["loss_parallel"]))
 @pytest.mark.parametrize("sizes", [(1, 2), (1, 4), (2, 2)], ids=str)
 @pytest.mark.parametrize("loss_parallel", [True, False])
 @pytest.mark.parametrize("layout", ["sequence", "replicate"])

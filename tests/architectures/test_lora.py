@@ -23,6 +23,7 @@ from tests.parity import assert_equal
 
 WIDE = ["falcon-40b"]  # 128 heads, in the table of ``python -m fabric_tp.testing lora`` only
 NAMES = [name for name in one_of_each_structure() if name not in WIDE]
+CORE = [(name, "every layer", (2, 2)) for name in ("Gemma-3-1b-it", "Mixtral-8x7B-v0.1")]
 REPLICATED = ["falcon-7b"]  # heads that cannot be divided
 
 
@@ -34,7 +35,7 @@ def test_structure(pool, name, adapted) -> None:
     assert_equal(pool, partial(small_lora, name, adapted), parallelize_fn, (1, 2))
 
 
-@pytest.mark.swept(lambda p: p["sizes"] == (1, 4) and p["adapted"] != "every layer")
+@pytest.mark.swept(lambda p: (p["name"], p["adapted"], p["sizes"]) not in CORE)
 @pytest.mark.parametrize("sizes", [(1, 4), (2, 2)], ids=str)
 @pytest.mark.parametrize("adapted", LORA)
 @pytest.mark.parametrize("name", ["Gemma-3-1b-it", "Qwen2.5-1.5B", "phi-1_5", "Mixtral-8x7B-v0.1"])

@@ -138,7 +138,9 @@ def two_losses(layers: Layers) -> None:
     second.backward()
 
 
-@pytest.mark.parametrize("run", [interrupted, two_losses, partial(backward, both, times=3)], ids=str)
+@pytest.mark.parametrize(
+    "run", [interrupted, two_losses, partial(backward, both, times=3)], ids=["interrupted", "two losses", "three times"]
+)
 def test_backwards_are_apart(pool, run) -> None:
     pool(2)(compare, run)
 

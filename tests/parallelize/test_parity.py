@@ -21,6 +21,9 @@ FACTORIES = {
 TRANSFORMERS = [name for name in FACTORIES if name != "feed_forward"]
 MESHES = [(1, 2), (1, 4), (2, 2)]
 
+CORE = [*((name, (1, 2)) for name in TRANSFORMERS), ("Llama-3-8B", (2, 2))]
+CHECKPOINTED = [("Llama-3-8B", (1, 2), True), ("Llama-3-8B", (1, 2), False), ("Llama-3-8B", (2, 2), True)]
+
 
 def ids(value: object) -> str | None:
     if isinstance(value, tuple):
@@ -30,7 +33,7 @@ def ids(value: object) -> str | None:
     return None
 
 
-@pytest.mark.swept(lambda p: p["sizes"] == (1, 4) or not p["loss_parallel"])
+@pytest.mark.swept(lambda p: not p["loss_parallel"] or (p["name"], p["sizes"]) not in CORE)
 @pytest.mark.parametrize("sizes", MESHES, ids=ids)
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 @pytest.mark.parametrize("loss_parallel", [True, False])
@@ -52,7 +55,7 @@ def test_without_tensor_parallelism(pool, name, sizes) -> None:
     pool(sizes[0] * sizes[1])(assert_parity, name, "auto", {}, sizes)
 
 
-@pytest.mark.swept(lambda p: p["sizes"] == (1, 4) or p["name"] != "Llama-3-8B")
+@pytest.mark.swept(lambda p: (p["name"], p["sizes"], p["sequence_parallel"]) not in CHECKPOINTED)
 @pytest.mark.parametrize("sizes", MESHES, ids=ids)
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 @pytest.mark.parametrize("activation_checkpointing", ["full", "selective"])
@@ -62,14 +65,15 @@ def test_activation_checkpointing(pool, name, activation_checkpointing, sequence
     pool(sizes[0] * sizes[1])(assert_parity, name, "litgpt", options, sizes)
 
 
+@pytest.mark.swept(lambda p: p["name"] != "llama")
 @pytest.mark.parametrize(
     ("name", "options", "sizes"),
     [
         ("Llama-3-8B", {}, (2, 2)),
         ("Llama-3-8B", {"sequence_parallel": False, "loss_parallel": False}, (1, 2)),
         ("Llama-3-8B", {"activation_checkpointing": "full"}, (2, 2)),
-        ("pythia-14m", {"activation_checkpointing": "selective"}, (1, 4)),
-        ("llama", {}, (2, 2)),
+        ("pythia-14m", {"activation_checkpointing": "selective"}, (1, 2)),
+        ("llama", {}, (1, 2)),
     ],
     ids=ids,
 )
@@ -127,6 +131,7 @@ def swap_heads(model: nn.Module) -> None:
                 local.copy_(torch.cat([local[8:16], local[:8], local[16:]]))
 
 
+@pytest.mark.swept(lambda p: p["sizes"] == (2, 2))
 @pytest.mark.parametrize("sizes", [(1, 2), (2, 2)], ids=ids)
 @pytest.mark.parametrize(
     ("name", "mutation"),

@@ -83,7 +83,7 @@ def test_only_sequence_parallelism_needs_padding() -> None:
 def test_instruction_data_from_a_checkpoint(folder: Path, run_1x1: Path) -> None:
     samples = [{"instruction": f"Count to {n}.", "output": " ".join(map(str, range(1, n + 1)))} for n in range(1, 41)]
     (folder / "samples.json").write_text(json.dumps(samples))
-    instructions = ["--data", "litgpt.data.JSON", "--data.json_path", folder / "samples.json", "--data.num_workers", 1]
+    instructions = ["--data", "litgpt.data.JSON", "--data.json_path", folder / "samples.json", "--data.num_workers", 0]
     instructions += ["--data.mask_prompt", "true", "--data.val_split_fraction", 0.25]
     instructions += ["--initial_checkpoint_dir", run_1x1 / "final", "--max_seq_length", 256, "--max_steps", 4]
     instructions += ["--global_batch_size", 8, "--micro_batch_size", 2]

@@ -50,7 +50,7 @@ def test_a_new_run_moves_an_earlier_one_aside(folder: Path, run_1x1: Path) -> No
     assert (out_dir / "previous-1" / "step-00000020" / "meta.pt").is_file()
 
 
-@pytest.mark.parametrize("launcher", [python, fabric_run])
+@pytest.mark.parametrize("launcher", [pytest.param(python, marks=pytest.mark.sweep), fabric_run])
 def test_ctrl_c_saves_and_says_how_to_go_on(folder: Path, run_1x1: object, launcher: Callable) -> None:
     out_dir = folder / f"interrupted-{launcher.__name__}"
     more = ("--max_steps", 100_000, "--log_interval", 1, "--tensor_parallel_size", 2)

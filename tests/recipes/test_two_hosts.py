@@ -127,6 +127,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """.replace("RECIPES", repr(str(RECIPES)))
 
 
+@pytest.mark.sweep
 def test_losses_are_those_of_one_host_and_tensor_parallel_groups_stay_inside_a_host(
     start: Callable, folder: Path, tmp_path: Path, run_2x2: Path
 ) -> None:

@@ -41,7 +41,7 @@ def fail_on_one_rank(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 
 @pytest.mark.parametrize("data_parallel_size", [1, 2])
-def test_passes(data_parallel_size) -> None:
+def test_passes(forked_ranks, data_parallel_size) -> None:
     report = check_parity(
         partial(build, "feed_forward"),
         fabric_tp.feed_forward(),
@@ -58,17 +58,17 @@ def test_passes(data_parallel_size) -> None:
     assert str(report).startswith(f"equal to one device: of {len(report.differences)} tensors the worst is {name}, ")
 
 
-def test_names_the_worst_parameter() -> None:
+def test_names_the_worst_parameter(forked_ranks) -> None:
     with pytest.raises(AssertionError, match=r"NOT equal to one device: .* worst is gradient of w2\.weight.*1\.0e\+00"):
         check_parity(partial(build, "feed_forward"), lose_the_gradient_of_w2, INPUTS, loss, steps=1)
 
 
-def test_wrong_output() -> None:
+def test_wrong_output(forked_ranks) -> None:
     with pytest.raises(AssertionError, match="NOT equal to one device"):
         check_parity(partial(build, "feed_forward"), double_w2, INPUTS, loss, steps=1)
 
 
-def test_one_rank_fails() -> None:
+def test_one_rank_fails(forked_ranks) -> None:
     """Its own traceback is shown, and nobody waits for the others, which wait for it."""
     with pytest.raises(AssertionError, match=r"(?s)rank 1 failed.*RuntimeError: the second rank cannot"):
         check_parity(partial(build, "feed_forward"), fail_on_one_rank, INPUTS, loss, steps=1)
