@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import fabric_tp
+from tests.strategy.jobs import environment
 
 PATHS = {
     "fabric_tp": fabric_tp.__all__,
@@ -39,7 +40,7 @@ def test_path(path) -> None:
 def test_import_brings_all_namespaces_and_not_litgpt() -> None:
     """Which takes seconds to import, and not everybody has such a model."""
     code = "import fabric_tp, sys; fabric_tp.testing.check_parity; sys.exit('litgpt' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], env=environment(), check=True)
 
 
 def test_options_are_documented_for_help() -> None:

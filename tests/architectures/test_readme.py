@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import fabric_tp
 from fabric_tp import architectures
 from fabric_tp.testing.parity import compare, next_token_loss
 from tests.models import LENGTH
+from tests.strategy.jobs import environment
 
 PAGE = Path(architectures.__file__).with_name("README.md")
 
@@ -48,9 +48,8 @@ def refused(parrot: ModuleType, **attention: Any) -> None:
 
 def test_example_runs(tmp_path) -> None:
     (tmp_path / "parrot.py").write_text(example())
-    environment = os.environ | {"PYTHONPATH": str(Path(fabric_tp.__file__).parents[1])}
     run = subprocess.run(
-        [sys.executable, "parrot.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "parrot.py"], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
     assert "trunk.*.attention.to_k x 2" in run.stdout

@@ -94,7 +94,7 @@ def test_activation_checkpointing(mesh, caplog, kind, multiple) -> None:
     assert "context_fn" not in caplog.text
 
 
-@pytest.mark.swept(lambda p: p["kind"] != "full" or p["sizes"] != (1, 2))
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("structure", "kind", "sizes"),
     [

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 HERE = Path(__file__).parent
+WITHOUT_EXTRAS = HERE.parent / "without_extras"
 RECIPES = HERE.parents[1] / "recipes"
 BIN = Path(sys.executable).parent
 SECONDS = 240
@@ -90,7 +91,7 @@ def environment() -> dict[str, str]:
     """Without what a launcher around the tests may have set, and without GPUs. More threads only help large models."""
     launchers = ("LT_", "PL_", "SLURM_", "TORCHELASTIC_", "MASTER_")
     env = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
-    paths = os.pathsep.join([str(HERE), *filter(None, [env.get("PYTHONPATH")])])
+    paths = os.pathsep.join([str(HERE), str(WITHOUT_EXTRAS), *filter(None, [env.get("PYTHONPATH")])])
     return {**env, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": paths}
 
 

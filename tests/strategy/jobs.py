@@ -55,8 +55,9 @@ def environment(**more: str) -> dict[str, str]:
     launchers = ("LT_", "PL_", "SLURM_", "TORCHELASTIC_", "MASTER_", "FABRIC_TP_")
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK")
     env = {name: value for name, value in os.environ.items() if not name.startswith((*launchers, *ranks))}
-    root = str(Path(__file__).parents[2])
-    return {**env, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": "", **more}
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(root), str(root / "tests" / "without_extras")])
+    return {**env, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", **more}
 
 
 class Job:

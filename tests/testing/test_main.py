@@ -10,11 +10,12 @@ from functools import partial
 import pytest
 
 from fabric_tp.testing import __main__, parity
+from tests.strategy.jobs import environment
 
 
 def test_equal_models_exit_with_0() -> None:
     command = [sys.executable, "-m", "fabric_tp.testing", "litgpt", "--every", "90"]
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     *lines, totals = run.stdout.splitlines()
     assert totals == "3 equal, 0 refused, 0 DIFFERENT"
