@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,15 @@ class Mean(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.float().mean() * self.weight
+
+
+def forked_workers(number: int) -> dict[str, Any]:
+    """Arguments of a DataLoader on a rank of the pool, which would take seconds to spawn workers.
+
+    What earlier tests left goes first: a worker's garbage collector would destroy groups whose threads it has not.
+    """
+    gc.collect()
+    return {"num_workers": number, "multiprocessing_context": "fork" if number else None}
 
 
 @contextmanager

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from tests.data.fabric import forked_workers
 
 try:
     import litdata
@@ -31,10 +32,10 @@ def write(path: Path, size: int) -> None:
 
 
 def dataloader(path: Path, batch_size: int, num_workers: int = 0) -> DataLoader:
-    context: dict[str, Any] = {"multiprocessing_context": "fork"} if num_workers else {}
+    workers = forked_workers(num_workers)
     if litdata is None:
-        return DataLoader(_StreamingDataset(range(64)), batch_size, num_workers=num_workers, **context)
-    return litdata.StreamingDataLoader(_dataset(path), batch_size=batch_size, num_workers=num_workers, **context)
+        return DataLoader(_StreamingDataset(range(64)), batch_size, **workers)
+    return litdata.StreamingDataLoader(_dataset(path), batch_size=batch_size, **workers)
 
 
 def combined_dataloader(path: Path, batch_size: int) -> DataLoader:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fabric_tp.data.broadcast import _pack, _unpack
 from fabric_tp.data.verify import fingerprint
-from tests.data.fabric import Mean, gather, on_ranks
+from tests.data.fabric import Mean, forked_workers, gather, on_ranks
 from tests.data.stand_ins import ResumableDataLoader
 
 Pair = namedtuple("Pair", ["x", "y"])
@@ -121,11 +121,8 @@ def test_passes_may_be_left_early(pool, breaks_after) -> None:
 
 
 def fail(fails_at: int, num_workers: int) -> list[tuple[int, str]]:
-    context: dict[str, Any] = {"multiprocessing_context": "fork"} if num_workers else {}
     with on_ranks((1, 2), broadcast_inputs=True) as fabric:
-        loader = fabric.setup_dataloaders(
-            DataLoader(Counting(fails_at), batch_size=2, num_workers=num_workers, **context)
-        )
+        loader = fabric.setup_dataloaders(DataLoader(Counting(fails_at), batch_size=2, **forked_workers(num_workers)))
         count = 0
         try:
             for _ in loader:

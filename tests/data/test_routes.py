@@ -22,11 +22,10 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from torch.utils.data.datapipes.iter import IterableWrapper
 
 from tests.data import litdata_files
-from tests.data.fabric import Mean, gather, on_ranks
+from tests.data.fabric import Mean, forked_workers, gather, on_ranks
 from tests.data.stand_ins import MosaicDataset, ResumableDataLoader
 
 SAMPLES, BATCH = 16, 2
-FORK = {"multiprocessing_context": "fork"}  # the pool's ranks would spawn workers, which takes seconds
 
 
 class Numbers(Dataset):
@@ -85,7 +84,7 @@ def longer_on_later_ranks() -> Iterator[int]:
 
 def random_transform_in_workers(fabric: L.Fabric, path: Path) -> Any:
     fabric.seed_everything(7, workers=True, verbose=False)
-    return fabric.setup_dataloaders(DataLoader(Numbers(noise=noise), BATCH, num_workers=2, **FORK))  # type: ignore[arg-type]
+    return fabric.setup_dataloaders(DataLoader(Numbers(noise=noise), BATCH, **forked_workers(2)))
 
 
 def iterable_that_shards_by_rank(fabric: L.Fabric, path: Path) -> Any:
@@ -110,7 +109,7 @@ def mosaic_streaming(fabric: L.Fabric, path: Path) -> Any:
 
 def datapipe(fabric: L.Fabric, path: Path) -> Any:
     pipe = IterableWrapper([torch.tensor([float(number)]) for number in range(2 * SAMPLES)]).sharding_filter()
-    return fabric.setup_dataloaders(DataLoader(pipe, BATCH, num_workers=1, **FORK))
+    return fabric.setup_dataloaders(DataLoader(pipe, BATCH, **forked_workers(1)))
 
 
 def ready_made_distributed_sampler(fabric: L.Fabric, path: Path) -> Any:
