@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 WITHOUT_EXTRAS = HERE.parent / "without_extras"
 RECIPES = HERE.parents[1] / "recipes"
 BIN = Path(sys.executable).parent
-SECONDS = 240
+SECONDS = 600
 
 
 @dataclass(frozen=True)
