@@ -16,7 +16,7 @@ PROGRESS = re.compile(
 def losses(launcher: list[str]) -> list[float]:
     """What it prints, in processes of its own."""
     command = [str(BIN / launcher[0]), *launcher[1:], str(RECIPES / "minimal.py")]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stderr.splitlines() if not PROGRESS.fullmatch(line)] == []
     lines = [re.fullmatch(r"step (\d+): loss (\d+\.\d+)", line) for line in done.stdout.splitlines()]

@@ -180,7 +180,7 @@ def test_launch(tmp_path: Path, name: str) -> None:
         for command, env in commands
     ]
     try:
-        output = "".join(job.communicate(timeout=120)[0] for job in jobs)
+        output = "".join(job.communicate(timeout=300)[0] for job in jobs)
     finally:
         for job in jobs:
             job.kill()
