@@ -18,7 +18,7 @@ Where what is, from the ground up; no folder imports from one below it in this l
 ====================  ===============================================================================================
 
 ``generation.py`` samples from a parallel model and ``cli.py`` is the command ``fabric-tp``; ``_torch.py`` holds all
-that is private to torch, ``seeds.py`` and ``shards.py`` what several folders need.
+that is private to torch, ``mesh.py``, ``seeds.py`` and ``shards.py`` what several folders need.
 """
 
 import sys

@@ -67,7 +67,8 @@ def alive() -> Counter:
         # Neither isinstance, which runs code of proxies, nor tensors without memory: caches of DTensor, earlier tests'.
         if issubclass(type(each), Tensor):
             counts[type(each).__name__] += 1
-            if not issubclass(type(each), DTensor | FakeTensor) and each.device.type == "cpu":
+            has_storage = not issubclass(type(each), DTensor | FakeTensor) and each.layout == torch.strided
+            if has_storage and each.device.type == "cpu":
                 storages[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
     counts["bytes"] = sum(storages.values())
     return counts

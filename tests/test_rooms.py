@@ -13,7 +13,7 @@ import fabric_tp
 from fabric_tp.architectures import KNOWN
 
 PACKAGE = Path(fabric_tp.__file__).parent
-GROUND = ("_torch", "seeds", "shards")
+GROUND = ("_torch", "mesh", "seeds", "shards")
 ROOMS = (
     "architectures",
     "autograd",
@@ -114,7 +114,7 @@ def model_names() -> set[str]:
             yield from strings(tuple(value))
         elif is_dataclass(value):
             for field in fields(value):
-                if field.name not in ("name", "description", "lean", "adapter_base") or field.name == "name":
+                if field.name not in ("name", "description", "lean", "adapter_base", "tested") or field.name == "name":
                     yield from strings(getattr(value, field.name))
 
     words = {"", "norm", "output", "layers", "model", "attention", "mlp", "gate", "experts", "dropout", "config"}
@@ -124,6 +124,7 @@ def model_names() -> set[str]:
         "h",
         "transformer",
         "eps",
+        "layer_norm",
         "base_model",
         "lm_head",
     }

@@ -14,11 +14,21 @@ from fabric_tp.architectures.architecture import (
 from fabric_tp.architectures.base_model import BASE_MODEL
 from fabric_tp.architectures.feed_forward import FEED_FORWARD
 from fabric_tp.architectures.gpt_neox import GPT_NEOX
-from fabric_tp.architectures.huggingface import HUGGINGFACE
+from fabric_tp.architectures.huggingface import BIOGPT, HUGGINGFACE, PHI, XGLM
 from fabric_tp.architectures.litgpt import LITGPT
 from fabric_tp.architectures.llama import LLAMA
 
-KNOWN = (LITGPT, LLAMA, HUGGINGFACE, GPT_NEOX, BASE_MODEL, FEED_FORWARD)
+KNOWN = (
+    LITGPT,
+    LLAMA,
+    HUGGINGFACE,
+    PHI,
+    GPT_NEOX,
+    XGLM,
+    BIOGPT,
+    BASE_MODEL,
+    FEED_FORWARD,
+)
 
 
 def recognise(model: nn.Module) -> Architecture:

@@ -80,6 +80,9 @@ class Attention:
     """Attributes that hold the number of key and value heads."""
     group_sizes: tuple[str, ...] = ()
     """Attributes that hold the number of query heads to each key and value head."""
+    head_features: tuple[str, ...] = ()
+    """Attributes that hold the number of features of all query heads together, with which the forward reshapes
+    attention's result (``"hidden_size"``); where the model's width is another number, they mean that and stay."""
     dropout_rates: tuple[str, ...] = ()
     """Attributes that hold the rate of dropout inside the attention's kernel."""
 
@@ -89,6 +92,7 @@ class FeedForward:
     """An MLP. Names are paths from it; those that a model lacks are skipped."""
 
     name: str
+    """Empty where its layers are the block's own."""
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     fused: Mapping[str, Fused] = field(default_factory=dict)
@@ -114,6 +118,8 @@ class Block:
     attention: Attention
     feed_forward: FeedForward
     experts: Experts | None = None
+    dropout_rates: tuple[str, ...] = ()
+    """Attributes that hold the rate of dropout in the block's own forward, without a module; it must be 0."""
     shared_norm: Callable[[nn.Module], str | None] | None = None
     """From a block to the norm whose output both attention and MLP take, and both add to the block's input."""
 
@@ -132,6 +138,8 @@ class Architecture:
     blocks: str = ""
     """The ModuleList or ModuleDict of blocks."""
     block: Block | None = None
+    positions: tuple[str, ...] = ()
+    """Learned embeddings of positions, added to the embedding's output."""
     norm: str = ""
     head: str = ""
     feed_forward: FeedForward | None = None
@@ -145,6 +153,8 @@ class Architecture:
     """Attribute of such a norm that, if true, makes it multiply with ``1 + weight``."""
     splits_sequence: tuple[str, ...] = ()
     """Arguments of the forward that make it cut the sequence into pieces, of which each rank has only a part."""
+    tested: tuple[str, ...] = ()
+    """Classes, by module and name, that this package's tests cover. Others are verified: see ``Parallelize.verify``."""
     measures_embedding: bool = False
     """The model takes the sequence length from the embedding's output, which must then be whole on every rank."""
 

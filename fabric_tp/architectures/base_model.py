@@ -22,4 +22,5 @@ BASE_MODEL = replace(
         ),
     ),
     norm="base_model.norm",
+    tested=(),
 )

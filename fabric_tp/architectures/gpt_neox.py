@@ -36,4 +36,5 @@ GPT_NEOX = Architecture(
     norm="gpt_neox.final_layer_norm",
     head="embed_out",
     measures_embedding=True,
+    tested=("transformers.models.gpt_neox.modeling_gpt_neox.GPTNeoXForCausalLM",),
 )

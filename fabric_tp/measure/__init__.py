@@ -2,6 +2,7 @@
 
 from fabric_tp.measure.estimation import Estimate, estimate
 from fabric_tp.measure.fit import cheapest, fit
-from fabric_tp.measure.step import count_step, fake_mesh, fake_tensors
+from fabric_tp.measure.step import count_step
+from fabric_tp.mesh import fake_mesh, fake_tensors
 
 __all__ = ["Estimate", "cheapest", "count_step", "estimate", "fake_mesh", "fake_tensors", "fit"]

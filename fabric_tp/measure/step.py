@@ -1,22 +1,18 @@
-"""One rank's step counted: on real ranks, or in one process that pretends to be one of many."""
+"""One rank's step counted: on real ranks, or on those of ``fabric_tp.mesh.fake_mesh``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves
 
-from fabric_tp._torch import FakeTensor, FakeTensorMode, TorchDispatchMode, unset_fake_temporarily
 from fabric_tp.measure.communication import Collective, CollectiveCounter
 from fabric_tp.measure.memory import Memory, MemoryTracker
-from fabric_tp.parallelize import DATA_PARALLEL, TENSOR_PARALLEL
 from fabric_tp.strategy.optimizer import local
 
 
@@ -82,43 +78,6 @@ def count_step(
         return CountedStep(tracker.memory(), tuple(counter.collectives))
 
 
-@contextmanager
-def fake_mesh(data_parallel_size: int, tensor_parallel_size: int, device_type: str = "cpu") -> Iterator[DeviceMesh]:
-    """Fabric's mesh in this one process, as its rank 0, with collectives that go nowhere.
-
-    Raises:
-        ValueError: The process has a process group.
-    """
-    if dist.is_initialized():
-        raise ValueError(
-            "This process has a process group, and one rank of another mesh cannot be played beside it. Call it before"
-            " Fabric launches, or run `fabric-tp estimate` in a process of its own."
-        )
-    dist.init_process_group("fake", rank=0, world_size=data_parallel_size * tensor_parallel_size)
-    try:
-        shape = (data_parallel_size, tensor_parallel_size)
-        yield init_device_mesh(device_type, shape, mesh_dim_names=(DATA_PARALLEL, TENSOR_PARALLEL))
-    finally:
-        dist.destroy_process_group()
-
-
-@contextmanager
-def fake_tensors(experts: int = 1) -> Iterator[None]:
-    """Within it tensors have a shape and no memory."""
-    with FakeTensorMode(allow_non_fake_inputs=True), _Values(experts):
-        yield
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def _forward_and_backward(
     compute_output: Callable[[], Any], compute_loss: Callable[[Any], Tensor], watch: _Phases
 ) -> None:
@@ -175,32 +134,6 @@ class _Phases:
 
     def leave_lm_head(self, grad: Tensor | None = None) -> None:
         self._tracker.made, self._in_lm_head = "temporaries", False
-
-
-class _Values(TorchDispatchMode):
-    """Answers what depends on values, which fake tensors do not have, and leaves the mesh's own tensors real."""
-
-    def __init__(self, experts: int) -> None:
-        super().__init__()
-        self._experts = experts
-
-    def __torch_dispatch__(
-        self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if any(cls not in (Tensor, nn.Parameter, FakeTensor) for cls in types):
-            return NotImplemented
-        if FakeTensor not in types and any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
-            with unset_fake_temporarily():
-                return operation(*args, **(kwargs or {}))
-        if operation is torch.ops.aten._local_scalar_dense.default:
-            return 0
-        if operation is torch.ops._c10d_functional.wait_tensor.default:
-            return args[0]  # as it is on a device; the rule for fake tensors makes another tensor
-        if operation is torch.ops.aten.nonzero.default:
-            mask = args[0]
-            found = mask.numel() // (self._experts if mask.dim() > 1 else 1)
-            return mask.new_empty((found, mask.dim()), dtype=torch.int64)
-        return operation(*args, **(kwargs or {}))
 
 
 def _tensors(states: Iterable[dict[str, Any]]) -> Iterator[Tensor]:

@@ -2,12 +2,10 @@
 
 from fabric_tp.parallelize.factories import Parallelize, auto, feed_forward, from_plan, litgpt, llama
 from fabric_tp.parallelize.options import ActivationCheckpointing, BlockOptions, MixedPrecision, documented
-from fabric_tp.parallelize.parallelize import DATA_PARALLEL, TENSOR_PARALLEL, Derived, ParallelizeByPlan
+from fabric_tp.parallelize.parallelize import Derived, ParallelizeByPlan
 from fabric_tp.plan import TransformerOptions
 
 __all__ = [
-    "DATA_PARALLEL",
-    "TENSOR_PARALLEL",
     "ActivationCheckpointing",
     "BlockOptions",
     "Derived",

@@ -6,6 +6,7 @@ Each factory is a dataclass: its options are its fields, documented at :class:`T
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle
@@ -31,6 +32,10 @@ class Parallelize(ParallelizeByPlan, TransformerOptions):
 
     architecture: Architecture | None = None
     """What the model looks like; None recognises it."""
+    verify: bool | None = None
+    """Run the embedding, a block of each kind and the head once before and after the model is divided, on a small
+    input, and compare; models on the meta device, and in ``check()``, on tensors without memory. By default models that
+    are recognised by the names of their modules and not by a class that this package is tested with."""
 
     def derive(self, model: nn.Module, tensor_parallel_size: int) -> Derived:
         architecture = self.architecture or recognise(model)
@@ -47,6 +52,7 @@ class Parallelize(ParallelizeByPlan, TransformerOptions):
             ends=[[model.get_submodule(name) for name in names] for names in ends],
             lean=_lean(architecture) if self.lean else (),
             splits_sequence=architecture.splits_sequence if self.sequence_parallel else (),
+            verify=_verify(self.verify, architecture, model),
         )
 
 
@@ -119,6 +125,12 @@ def _derive_feed_forward(
 ) -> Derived:
     plan = derive_feed_forward_plan(architecture, model, tensor_parallel_size)
     return Derived(plan=plan, derived_from=architecture.description, lean=_lean(architecture) if lean else ())
+
+
+def _verify(verify: bool | None, architecture: Architecture, model: nn.Module) -> Literal["no", "try", "must"]:
+    if verify is None:
+        return "no" if f"{type(model).__module__}.{type(model).__qualname__}" in architecture.tested else "try"
+    return "must" if verify else "no"
 
 
 def _lean(architecture: Architecture) -> tuple[str, ...]:

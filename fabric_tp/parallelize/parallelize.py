@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fabric_tp import _torch
+from fabric_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL
 from fabric_tp.parallelize.blocks import checkpoint_or_compile
 from fabric_tp.parallelize.fsdp import shard_over_data_parallel
 from fabric_tp.parallelize.lean import make_lean
 from fabric_tp.parallelize.options import BlockOptions
 from fabric_tp.parallelize.partial_gradients import PartialGradients
+from fabric_tp.parallelize.verification import verified, verify_without_ranks
 from fabric_tp.plan import Plan, apply_plan, check_plan
 from fabric_tp.plan.table import table
 from fabric_tp.random import broadcast, initialize, shared_seed
@@ -25,8 +29,6 @@ from fabric_tp.styles.layout import check_sequence_length
 from fabric_tp.styles.random_module import follow_run, has_followers
 
 Model = TypeVar("Model", bound=nn.Module)
-
-DATA_PARALLEL, TENSOR_PARALLEL = "data_parallel", "tensor_parallel"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Derived:
     """Import paths of tables of lean modules."""
     splits_sequence: tuple[str, ...] = ()
     """Arguments of the forward that would cut a sequence of which each rank has only a part."""
+    verify: Literal["no", "try", "must"] = "no"
+    """Whether to run the model before and after; "try": unless nobody knows with which arguments."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +72,8 @@ class ParallelizeByPlan(BlockOptions):
         derived = self._checked(model, mesh.size())
         device = _device(device_mesh)
         _synchronise(model, device_mesh, device)
-        make_lean(model, derived.lean)
-        apply_plan(derived.plan, model, mesh)
+        with _verified(model, derived, mesh):
+            _divide(model, derived, mesh)
         checkpoint_or_compile(derived.blocks or [model], self)
         shard_over_data_parallel(model, derived.blocks, derived.ends, _data_parallel(device_mesh), self)
         if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
@@ -92,14 +96,18 @@ class ParallelizeByPlan(BlockOptions):
 
         Raises:
             ValueError: The model is not of the architecture; a plan key matches nothing; a parameter is covered by no
-                style; heads, widths or the sequence length cannot be divided, with what works.
+                style; heads, widths or the sequence length cannot be divided, with what works; a model that is verified
+                cannot run when it is divided, with the module and the line.
         """
-        plan = self.plan(model, tensor_parallel_size=tensor_parallel_size)
+        derived = self._checked(model, tensor_parallel_size)
+        styles = derived.plan.values()
         splits_sequence = any(
-            isinstance(style, VocabParallelEmbedding) and style.output_layout == "sequence" for style in plan.values()
+            isinstance(style, VocabParallelEmbedding) and style.output_layout == "sequence" for style in styles
         )
         if sequence_length is not None and splits_sequence:
             check_sequence_length(sequence_length, tensor_parallel_size)
+        if derived.verify != "no" and tensor_parallel_size > 1:
+            verify_without_ranks(model, derived.blocks, partial(_divide, derived=derived), tensor_parallel_size)
 
     def explain(self, model: nn.Module, *, tensor_parallel_size: int, data_parallel_size: int = 1) -> str:
         """A table of module, style, parameter shape whole and per rank, and collectives of forward and backward.
@@ -116,6 +124,18 @@ class ParallelizeByPlan(BlockOptions):
         derived = self.derive(model, tensor_parallel_size)
         check_plan(derived.plan, model, tensor_parallel_size, derived.derived_from)
         return derived
+
+
+def _divide(model: nn.Module, derived: Derived, mesh: DeviceMesh) -> None:
+    make_lean(model, derived.lean)
+    apply_plan(derived.plan, model, mesh)
+
+
+def _verified(model: nn.Module, derived: Derived, mesh: DeviceMesh) -> AbstractContextManager[None]:
+    if derived.verify == "no" or mesh.size() == 1:
+        return nullcontext()
+    divide = partial(_divide, derived=derived, mesh=mesh)
+    return verified(model, derived.blocks, divide, mesh, must=derived.verify == "must")
 
 
 def refuse_arguments(model: nn.Module, names: tuple[str, ...]) -> None:

@@ -20,8 +20,8 @@ from fabric_tp.plan.inspection import (
     QKNorm,
     inspect_feed_forwards,
     inspect_transformer,
-    join,
 )
+from fabric_tp.plan.modules import join
 from fabric_tp.plan.options import TransformerOptions, layout_of
 from fabric_tp.plan.plan import Plan
 from fabric_tp.styles import (
@@ -73,6 +73,7 @@ def derive_plan(
         plan[next(iter(found.blocks))] = ScatterInput()
     deriver = _Deriver(options, tensor_parallel_size, architecture.block)
     plan |= _blocks(architecture.blocks, found.blocks, deriver)
+    plan |= {name: Replicated("replicate" if measured else layout) for name in found.positions}
     plan[architecture.norm] = Replicated(layout)
     if found.head.base:
         head: LMHead = LowRankHead(layout, loss_parallel=options.loss_parallel)
@@ -119,6 +120,11 @@ class _Deriver:
         dropouts = {name: Dropout(layout) for name in found.dropouts.rates}
         # A dropout between attention or MLP and the residual belongs to one of them: they cannot share a reduction.
         norm = None if options.replicate_attention or dropouts else found.shared_norm
+        if found.draws and self.size > 1:
+            raise ValueError(
+                f"The forward of {self.described.attention.name}'s block draws dropout masks by itself, which would be"
+                " others on each rank. Set the rates of dropout in the model's config to 0."
+            )
         plan |= dropouts
         attention, feed_forward = self.described.attention.name, self.described.feed_forward.name
         if norm:
@@ -128,6 +134,8 @@ class _Deriver:
         if found.experts and self.described.experts:
             return plan | _under(self.described.experts.name, self.experts(found.experts))
         assert found.feed_forward is not None
+        if not feed_forward:
+            return plan | _hidden(found.feed_forward, inner, self.size, Colwise(inner, regather=options.regather))
         return plan | _under(feed_forward, _feed_forward(found.feed_forward, inner, self.size, options.regather))
 
     def attention(self, found: FoundAttention, layout: Layout | None) -> Styles:
@@ -142,6 +150,7 @@ class _Deriver:
                 query_counts=found.query_counts,
                 key_value_counts=found.key_value_counts,
                 group_sizes=found.group_sizes,
+                head_features=found.head_features,
                 regather=self.options.regather,
             )
         }
@@ -219,17 +228,17 @@ def _feed_forward(found: FoundMLP, layout: Layout | None, size: int, regather: b
     return plan | _hidden(found, layout, size)
 
 
-def _hidden(found: FoundMLP, output_layout: Layout | None, size: int) -> Styles:
-    plan = _colwise(found.inputs)
+def _hidden(found: FoundMLP, output_layout: Layout | None, size: int, colwise: Colwise = COLWISE) -> Styles:
+    plan = _colwise(found.inputs, colwise)
     plan |= {fused.name: FusedColwise(fused.parts, None) for fused in found.fused}
     plan |= _rowwise(found.outputs, output_layout)
     return plan | _inner_dropouts(found, found.inputs, output_layout, size)
 
 
-def _colwise(layers: tuple[Linear, ...]) -> Styles:
+def _colwise(layers: tuple[Linear, ...], colwise: Colwise = COLWISE) -> Styles:
     plan: Styles = {}
     for layer in layers:
-        plan |= _layer(layer, LowRankColwise(None) if layer.base else COLWISE, COLWISE)
+        plan |= _layer(layer, LowRankColwise(colwise.input_layout) if layer.base else colwise, COLWISE)
     return plan
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from fabric_tp.architectures import Architecture, Attention, Block, Experts, FeedForward, HeadCounts
 from fabric_tp.architectures.architecture import FusedLayout, children, find_feed_forwards, has
+from fabric_tp.plan.modules import ask, attribute, child, existing, has_parameters, holders, join, present
 from fabric_tp.styles.dropout import is_dropout
 
 
@@ -80,6 +81,7 @@ class FoundAttention:
     query_counts: tuple[str, ...]
     key_value_counts: tuple[str, ...]
     group_sizes: tuple[str, ...]
+    head_features: tuple[str, ...]
     draws: bool
     """Its kernel has dropout inside."""
     dropouts: Dropouts
@@ -105,12 +107,15 @@ class FoundBlock:
     experts: FoundExperts | None
     dropouts: Dropouts
     """Outside of attention and MLP."""
+    draws: bool
+    """Its own forward has dropout inside."""
 
 
 @dataclass(frozen=True)
 class FoundTransformer:
     blocks: dict[str, FoundBlock]
     """By their full names, in their order."""
+    positions: tuple[str, ...]
     head: Linear
     dropouts: Dropouts
     """Outside of the blocks."""
@@ -127,7 +132,8 @@ def inspect_transformer(architecture: Architecture, model: nn.Module) -> FoundTr
     inspector = _Inspector(architecture)
     blocks = children(model, architecture.blocks)
     return FoundTransformer(
-        blocks={name: inspector.block(architecture.block, module) for name, module in blocks.items()},
+        blocks={name: inspector.named_block(name, module) for name, module in blocks.items()},
+        positions=tuple(present(model, architecture.positions)),
         head=inspector.linear(model, architecture.head),
         dropouts=inspector.dropouts(model).outside(architecture.blocks),
     )
@@ -147,44 +153,53 @@ def inspect_feed_forwards(architecture: Architecture, model: nn.Module) -> tuple
     return found, inspector.dropouts(model)
 
 
-def join(*names: str) -> str:
-    return ".".join(filter(None, names))
-
-
 class _Inspector:
     """Questions to modules; the architecture says what adapters and norms call their things."""
 
     def __init__(self, architecture: Architecture) -> None:
         self.architecture = architecture
 
+    def named_block(self, name: str, module: nn.Module) -> FoundBlock:
+        assert self.architecture.block is not None
+        try:
+            return self.block(self.architecture.block, module)
+        except ValueError as error:
+            raise ValueError(
+                f"{name}: {error} So it is no block of {self.architecture.description}; fabric_tp.from_plan() takes a"
+                " plan of yours for any other model."
+            ) from None
+
     def block(self, block: Block, module: nn.Module) -> FoundBlock:
         experts = block.experts
         has_experts = experts is not None and has(module, join(experts.name, experts.router))
         inner = [block.attention.name, block.feed_forward.name, *([experts.name] if experts else [])]
         return FoundBlock(
-            norms=tuple(name for name in block.norms if _has_parameters(module, name)),
+            norms=tuple(name for name in block.norms if has_parameters(module, name)),
             shared_norm=block.shared_norm(module) if block.shared_norm else None,
-            attention=self.attention(block.attention, module.get_submodule(block.attention.name)),
-            feed_forward=None if has_experts else self.mlp(block.feed_forward, _child(module, block.feed_forward.name)),
+            attention=self.attention(block.attention, child(module, block.attention.name)),
+            feed_forward=None if has_experts else self.mlp_of_block(block.feed_forward, module),
             experts=self.experts(experts, block.feed_forward, module) if has_experts and experts else None,
             dropouts=self.dropouts(module).outside(*inner),
+            draws=any(_is_positive(getattr(module, name, 0.0)) for name in block.dropout_rates),
         )
 
     def attention(self, attention: Attention, module: nn.Module) -> FoundAttention:
-        names = (*attention.whole,)
+        heads = ask(attention.counts, module)
+        features = heads.query * heads.size
         return FoundAttention(
-            heads=attention.counts(module),
+            heads=heads,
             queries=self.linears(module, attention.queries),
             keys_values=self.linears(module, attention.keys_values),
-            fused=tuple(self.fused(attention, module, name) for name in _present(module, attention.fused)),
+            fused=tuple(self.fused(attention, module, name) for name in present(module, attention.fused)),
             outputs=self.linears(module, attention.outputs),
-            query_norms=tuple(self.qk_norm(module, name) for name in _present(module, attention.query_norms)),
-            key_norms=tuple(self.qk_norm(module, name) for name in _present(module, attention.key_norms)),
-            whole=tuple(path for name in _present(module, names) for path in _holders(module, name)),
-            every=tuple(path for name, _ in module.named_children() for path in _holders(module, name)),
-            query_counts=_existing(module, attention.query_counts),
-            key_value_counts=_existing(module, attention.key_value_counts),
-            group_sizes=_existing(module, attention.group_sizes),
+            query_norms=tuple(self.qk_norm(module, name) for name in present(module, attention.query_norms)),
+            key_norms=tuple(self.qk_norm(module, name) for name in present(module, attention.key_norms)),
+            whole=tuple(path for name in present(module, attention.whole) for path in holders(module, name)),
+            every=tuple(path for name, _ in module.named_children() for path in holders(module, name)),
+            query_counts=existing(module, attention.query_counts),
+            key_value_counts=existing(module, attention.key_value_counts),
+            group_sizes=existing(module, attention.group_sizes),
+            head_features=tuple(path for path in attention.head_features if attribute(module, path) == features),
             draws=any(_is_positive(getattr(module, name, 0.0)) for name in attention.dropout_rates),
             dropouts=self.dropouts(module),
             class_name=type(module).__name__,
@@ -193,25 +208,30 @@ class _Inspector:
     def mlp(self, feed_forward: FeedForward, module: nn.Module) -> FoundMLP:
         return FoundMLP(
             inputs=self.linears(module, feed_forward.inputs),
-            fused=tuple(self.fused(feed_forward, module, name) for name in _present(module, feed_forward.fused)),
+            fused=tuple(self.fused(feed_forward, module, name) for name in present(module, feed_forward.fused)),
             outputs=self.linears(module, feed_forward.outputs),
             dropouts=self.dropouts(module),
             class_name=type(module).__name__,
         )
 
+    def mlp_of_block(self, feed_forward: FeedForward, block: nn.Module) -> FoundMLP:
+        if feed_forward.name:
+            return self.mlp(feed_forward, child(block, feed_forward.name))
+        return replace(self.mlp(feed_forward, block), dropouts=Dropouts())  # they are the block's
+
     def experts(self, experts: Experts, feed_forward: FeedForward, block: nn.Module) -> FoundExperts:
         module = block.get_submodule(experts.name)
         return FoundExperts(
-            router=_holders(module, experts.router),
-            expert=self.mlp(feed_forward, module.get_submodule(join(experts.experts, "0"))),
+            router=holders(module, experts.router),
+            expert=self.mlp(feed_forward, child(module, join(experts.experts, "0"))),
             shared={
-                name: self.mlp(feed_forward, module.get_submodule(name)) for name in _present(module, experts.shared)
+                name: self.mlp(feed_forward, module.get_submodule(name)) for name in present(module, experts.shared)
             },
             dropouts=self.dropouts(module).outside(experts.experts, *experts.shared),
         )
 
     def linears(self, module: nn.Module, names: Iterable[str]) -> tuple[Linear, ...]:
-        return tuple(self.linear(module, name) for name in _present(module, names))
+        return tuple(self.linear(module, name) for name in present(module, names))
 
     def linear(self, module: nn.Module, name: str) -> Linear:
         base = self.base(module, name)
@@ -222,7 +242,7 @@ class _Inspector:
         described, base = owner.fused[name], self.base(module, name)
         adapted = owner.adapted if isinstance(owner, Attention) else None
         changed = adapted.changed(module.get_submodule(name)) if adapted and base else ()
-        return FusedLinear(name, dict(described.parts(module)), described.layout, base, changed)
+        return FusedLinear(name, dict(ask(described.parts, module)), described.layout, base, changed)
 
     def base(self, module: nn.Module, name: str) -> str | None:
         path = join(name, self.architecture.adapter_base)
@@ -248,43 +268,9 @@ def _check_matches(architecture: Architecture, model: nn.Module) -> None:
         )
 
 
-def _child(module: nn.Module, name: str) -> nn.Module:
-    if not has(module, name):
-        held = ", ".join(child for child, _ in module.named_children())
-        raise ValueError(f"A {type(module).__name__} has no {name!r}; it has {held}.")
-    return module.get_submodule(name)
-
-
 def _is_within(path: str, name: str) -> bool:
     return bool(name) and (path == name or path.startswith(f"{name}."))
 
 
 def _is_positive(rate: object) -> bool:
     return isinstance(rate, float) and rate > 0
-
-
-def _present(module: nn.Module, names: Iterable[str]) -> list[str]:
-    return [name for name in names if _has_parameters(module, name)]
-
-
-def _has_parameters(module: nn.Module, name: str) -> bool:
-    """Where a model has no norm it may have an ``nn.Identity``, or one without parameters."""
-    return has(module, name) and any(True for _ in module.get_submodule(name).parameters())
-
-
-def _holders(module: nn.Module, name: str) -> tuple[str, ...]:
-    """Paths of the modules within this child, itself included, that own parameters."""
-    within = module.get_submodule(name).named_modules()
-    return tuple(join(name, path) for path, owner in within if any(True for _ in owner.parameters(recurse=False)))
-
-
-def _existing(module: nn.Module, paths: tuple[str, ...]) -> tuple[str, ...]:
-    """The paths to attributes that hold a number."""
-    return tuple(path for path in paths if isinstance(_attribute(module, path), int))
-
-
-def _attribute(module: nn.Module, path: str) -> object:
-    value: object = module
-    for name in path.split("."):
-        value = getattr(value, name, None)
-    return value

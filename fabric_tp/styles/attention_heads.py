@@ -78,6 +78,7 @@ class ShardHeads(PrepareInput):
             ``"config.n_head"``). An object on the way, such as a shared config, is copied and never changed.
         key_value_counts: The attributes that count key and value heads.
         group_sizes: The attributes that count query heads to each key and value head.
+        head_features: The attributes that count the features of all query heads.
         regather: As in :class:`Colwise`.
 
     ===============  ===========  =========  ==========  ==========================  ==========
@@ -108,11 +109,13 @@ class ShardHeads(PrepareInput):
         query_counts: Sequence[str] = (),
         key_value_counts: Sequence[str] = (),
         group_sizes: Sequence[str] = (),
+        head_features: Sequence[str] = (),
         regather: bool = True,
     ) -> None:
         super().__init__(input_layout, regather=regather)
         self.heads = heads
         self.query_counts, self.key_value_counts, self.group_sizes = query_counts, key_value_counts, group_sizes
+        self.head_features = head_features
 
     def divided(self, module: nn.Module) -> Mapping[str, int]:
         return {HEADS: self.heads.query}
@@ -122,6 +125,7 @@ class ShardHeads(PrepareInput):
         local = dict.fromkeys(self.query_counts, self.heads.local_query(size))
         local |= dict.fromkeys(self.key_value_counts, self.heads.local_key_value(size))
         local |= dict.fromkeys(self.group_sizes, self.heads.group_size(size))
+        local |= {path: operator.attrgetter(path)(module) // size for path in self.head_features}
         set_attributes(module, local)
 
 

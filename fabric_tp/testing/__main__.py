@@ -15,14 +15,14 @@ from fabric_tp.testing.ranks import Ranks
 from fabric_tp.testing.small import (
     LENGTH,
     LORA,
-    TRANSFORMERS,
     VOCABULARY,
+    causal_types,
     names,
     one_of_each_structure,
+    small_causal,
     small_config,
     small_gpt,
     small_lora,
-    small_transformers,
 )
 
 Models = Literal["litgpt", "lora", "huggingface"]
@@ -40,11 +40,12 @@ def main(
     every: int = 1,
     steps: int = 1,
 ) -> None:
-    """Compare models, made small, with one device: a line for each, and exit code 1 on a mismatch.
+    """Compare models, made small, with one device: a line for each, and exit code 1 on a mismatch or an error.
 
     Args:
         models: "litgpt": each of its configs. "lora": litgpt.lora.GPT, one config of each structure, with every layer
-            adapted and with queries and values only. "huggingface": families of Transformers.
+            adapted and with queries and values only. "huggingface": each type of causal language model that the
+            installed Transformers knows.
         tensor_parallel_size: Ranks that share the model.
         data_parallel_size: Ranks that share the batch.
         sequence_parallel: As in fabric_tp.auto.
@@ -58,14 +59,15 @@ def main(
         sequence_parallel=sequence_parallel, loss_parallel=loss_parallel, replicate_attention=replicate_attention
     )
     ranks = Ranks(data_parallel_size * tensor_parallel_size)
-    totals = {"equal": 0, "refused": 0, "DIFFERENT": 0}
+    totals = {"equal": 0, "refused": 0, "not built": 0, "ERROR": 0, "DIFFERENT": 0}
     for name, build in [(name, build) for name, build in _builders(models).items() if only in name][::every]:
         verdict, detail = _verdict(build, parallelize_fn, ranks, (data_parallel_size, tensor_parallel_size), steps)
         totals[verdict] += 1
         print(f"{name:40} {verdict:10} {detail}", flush=True)
     ranks.stop()
-    print(", ".join(f"{number} {verdict}" for verdict, number in totals.items()))
-    sys.exit(1 if totals["DIFFERENT"] else 0)
+    always = ("equal", "refused", "DIFFERENT")
+    print(", ".join(f"{number} {verdict}" for verdict, number in totals.items() if number or verdict in always))
+    sys.exit(1 if totals["DIFFERENT"] or totals["ERROR"] else 0)
 
 
 def _builders(models: Models) -> dict[str, BuildModel]:
@@ -74,17 +76,22 @@ def _builders(models: Models) -> dict[str, BuildModel]:
     if models == "lora":
         pairs = [(name, adapted) for name in one_of_each_structure() for adapted in LORA]
         return {f"{name}, {adapted}": partial(small_lora, name, adapted) for name, adapted in pairs}
-    return {name: partial(small_transformers, name) for name in TRANSFORMERS}
+    return {name: partial(small_causal, name) for name in causal_types()}
 
 
 def _verdict(
     build: BuildModel, parallelize_fn: Parallelize, ranks: Ranks, sizes: tuple[int, int], steps: int
 ) -> tuple[str, str]:
-    model = build()
+    try:
+        model = build()
+    except Exception as error:
+        return "not built", _first_line(error)
     try:
         parallelize_fn.check(model, tensor_parallel_size=sizes[1])
     except ValueError as error:
         return "refused", str(error)
+    except Exception as error:
+        return "ERROR", _first_line(error)
     tokens = torch.randint(VOCABULARY, (2 * sizes[0], LENGTH), generator=torch.Generator().manual_seed(0))
     try:
         report = Report(ranks(compare, build, parallelize_fn, tokens, next_token_loss, sizes, steps))
@@ -92,6 +99,10 @@ def _verdict(
         return "DIFFERENT", str(error).strip().splitlines()[-1]
     worst, off = report.worst
     return ("equal" if report.equal else "DIFFERENT"), f"{off:.1e} {worst}"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from torch import nn
 
 from fabric_tp.architectures.huggingface import small as huggingface
 from fabric_tp.architectures.huggingface.small import TRANSFORMERS as TRANSFORMERS
+from fabric_tp.architectures.huggingface.small import causal_types as causal_types
 from fabric_tp.architectures.litgpt import small as litgpt
 from fabric_tp.architectures.litgpt.small import LORA as LORA
 from fabric_tp.architectures.litgpt.small import names as names
@@ -44,3 +45,12 @@ def small_transformers(name: str, **overrides: Any) -> nn.Module:
         ValueError: Transformers is not installed.
     """
     return randomize(huggingface.small_transformers(name, **overrides))
+
+
+def small_causal(model_type: str) -> nn.Module:
+    """A causal language model of Transformers; ``model_type`` is one of :func:`causal_types`.
+
+    Raises:
+        ValueError: Transformers is not installed.
+    """
+    return randomize(huggingface.small_causal(model_type))

@@ -17,7 +17,8 @@ import fabric_tp
 from fabric_tp.architectures.litgpt.config import load_config
 from fabric_tp.measure.estimation import Precision, estimate
 from fabric_tp.measure.fit import cheapest, fit, least_peak_by_layers
-from fabric_tp.measure.step import count_step, default_dtype, fake_mesh
+from fabric_tp.measure.step import count_step
+from fabric_tp.mesh import default_dtype, fake_mesh
 from fabric_tp.testing.ranks import mesh
 from tests.models import VOCABULARY, litgpt_config
 

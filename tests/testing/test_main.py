@@ -29,7 +29,7 @@ def test_equal_models_exit_with_0() -> None:
         ("litgpt", "SmolLM2-135M-I", r"SmolLM2-135M-Instruct +refused +tensor_parallel_size=2 .* are 1, 3\."),
         ("lora", "pythia, nothing of that name", ""),
         ("lora", "Gemma-2b, query and value", r"Gemma-2b, query and value +equal +\d\.\de-\d\d "),
-        ("huggingface", "Mixtral", r"Mixtral +refused +.*3 dimensions"),
+        ("huggingface", "mixtral", r"mixtral +refused +.*3 dimensions"),
     ],
 )
 def test_lines(forked_ranks, capsys, models, only, printed) -> None:

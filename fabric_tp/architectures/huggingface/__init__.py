@@ -1,5 +1,7 @@
-"""Transformers: the description of its causal language models, and, beside it, all else that knows them."""
+"""Transformers: the descriptions of its causal language models, and, beside them, all else that knows them."""
 
 from fabric_tp.architectures.huggingface.description import BLOCK, HUGGINGFACE
+from fabric_tp.architectures.huggingface.phi import PHI
+from fabric_tp.architectures.huggingface.xglm import BIOGPT, XGLM
 
-__all__ = ["BLOCK", "HUGGINGFACE"]
+__all__ = ["BIOGPT", "BLOCK", "HUGGINGFACE", "PHI", "XGLM"]

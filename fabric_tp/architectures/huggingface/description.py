@@ -13,6 +13,9 @@ def _counts(attention: nn.Module) -> HeadCounts:
     size: int = module.head_dim
     if hasattr(module, "qkv_proj"):
         return HeadCounts(module.config.num_attention_heads, module.config.num_key_value_heads, size)
+    if hasattr(module, "query_key_value"):
+        heads = module.query_key_value.out_features // (3 * size)
+        return HeadCounts(heads, heads, size)
     return HeadCounts(module.q_proj.out_features // size, module.k_proj.out_features // size, size)
 
 
@@ -33,26 +36,32 @@ BLOCK = Block(
         "post_attention_layernorm",
         "pre_feedforward_layernorm",
         "post_feedforward_layernorm",
+        "post_self_attn_layernorm",  # GLM-4
+        "post_mlp_layernorm",
     ),
     attention=Attention(
         name="self_attn",
         counts=_counts,
         queries=("q_proj",),
         keys_values=("k_proj", "v_proj"),
-        fused={"qkv_proj": Fused(_qkv, "consecutive")},
-        outputs=("o_proj",),
-        query_norms=("q_norm",),
-        key_norms=("k_norm",),
+        fused={
+            "qkv_proj": Fused(_qkv, "consecutive"),
+            "query_key_value": Fused(_qkv, "by_group"),
+        },  # the latter Persimmon
+        outputs=("o_proj", "out_proj", "dense"),
+        query_norms=("q_norm", "q_layernorm", "query_layernorm"),
+        key_norms=("k_norm", "k_layernorm", "key_layernorm"),
         query_counts=("num_heads", "config.num_attention_heads"),
         key_value_counts=("num_key_value_heads", "config.num_key_value_heads"),
         group_sizes=("num_key_value_groups",),
-        dropout_rates=("attention_dropout",),
+        head_features=("hidden_size", "embed_dim"),
+        dropout_rates=("attention_dropout", "dropout"),
     ),
     feed_forward=FeedForward(
         name="mlp",
-        inputs=("gate_proj", "up_proj"),
+        inputs=("gate_proj", "up_proj", "fc1", "c_fc", "fc_in", "dense_h_to_4h"),
         fused={"gate_up_proj": Fused(_gate_and_up, "consecutive")},
-        outputs=("down_proj",),
+        outputs=("down_proj", "fc2", "c_proj", "fc_out", "dense_4h_to_h"),
     ),
 )
 
@@ -65,4 +74,8 @@ HUGGINGFACE = Architecture(
     norm="model.norm",
     head="lm_head",
     measures_embedding=True,
+    tested=tuple(
+        f"transformers.models.{family.lower()}.modeling_{family.lower()}.{family}ForCausalLM"
+        for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Gemma2", "Gemma3", "Olmo2")
+    ),
 )

@@ -36,10 +36,7 @@ def small_transformers(name: str, **overrides: Any) -> nn.Module:
     Raises:
         ValueError: Transformers is not installed.
     """
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError("Transformers is not installed: pip install fabric_tp[hf]") from None
+    transformers = _transformers()
     family, options = TRANSFORMERS[name]
     sizes = {
         "vocab_size": VOCABULARY,
@@ -58,3 +55,69 @@ def small_transformers(name: str, **overrides: Any) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return getattr(transformers, f"{family}ForCausalLM")(config)
+
+
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(("vocab_size", "n_words", "text_vocab_size"), VOCABULARY),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "emb_dim", "embed_dim", "word_embed_proj_dim"), 64),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads"), 8),
+    **dict.fromkeys(("encoder_attention_heads",), 8),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "n_kv_heads"), 4),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "decoder_ffn_dim", "encoder_ffn_dim", "d_ff"), HIDDEN),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 4 * LENGTH),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "num_selected_experts", "moe_topk"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
+    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "n_shared_experts"), 1),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "head_dim", "rotary_dim"), 8),
+    **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "layerdrop"), 0.0),
+    **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop", "embed_dropout", "resid_dropout"), 0.0),
+    **dict.fromkeys(("attention_probs_dropout_prob", "hidden_dropout_prob"), 0.0),
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "sliding_window": WINDOW,
+    "pad_token_id": 0,
+    "use_cache": False,
+}
+"""Small sizes by the names that configs of Transformers have for them."""
+
+
+def causal_types() -> list[str]:
+    """Every type of causal language model that the installed Transformers knows.
+
+    Raises:
+        ValueError: Transformers is not installed.
+    """
+    _transformers()
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def small_causal(model_type: str) -> nn.Module:
+    """The causal language model of a type, with its config's sizes made small wherever they have a known name."""
+    transformers = _transformers()
+    config = _small_config(transformers.CONFIG_MAPPING[model_type])
+    if hasattr(config, "is_decoder"):
+        config.is_decoder = True
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def _small_config(config_class: type, **more: Any) -> Any:
+    default = config_class()
+    sizes = {name: value for name, value in SIZES.items() if getattr(default, name, None) is not None}
+    sizes |= {name: SIZES[name] for name in ("pad_token_id", "use_cache") if hasattr(default, name)}
+    if (inner := getattr(default, "text_config", None)) is not None:
+        sizes["text_config"] = _small_config(type(inner)).to_dict()
+    return config_class(**sizes, **more)
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("Transformers is not installed: pip install fabric_tp[hf]") from None
+    return transformers

@@ -77,4 +77,5 @@ LITGPT = Architecture(
     head="lm_head",
     lean="fabric_tp.architectures.litgpt.lean:LEAN",
     splits_sequence=("lm_head_chunk_size",),
+    tested=("litgpt.model.GPT", "litgpt.lora.GPT"),
 )

@@ -1,0 +1,296 @@
+"""Does a divided model compute what it computed whole? Its embedding, a block of each kind and its head, once.
+
+First on tensors without memory, where nothing waits for another process: a forward that counts with a number that is
+now divided among the ranks fails there. Then, where there are weights, on a small input, by comparison.
+"""
+
+from __future__ import annotations
+
+import copy
+import traceback
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
+
+from fabric_tp._torch import FakeTensor
+from fabric_tp.loss.deferred import DeferredLogits
+from fabric_tp.mesh import TENSOR_PARALLEL, fake_mesh, fake_tensors
+from fabric_tp.parallelize.arguments import needed_arguments, sample_arguments
+
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+"""Of the largest value. Sums in another order stay far below, and a wrong split comes out far above."""
+
+PACKAGES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+
+
+class CannotRun(Exception):
+    """No arguments could be made up with which the whole model runs."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the whole model gave, and to what."""
+
+    arguments: dict[str, Any]
+    blocks: list[nn.Module]
+    """One of each kind, as they were; all that ran."""
+    outputs: dict[str, Tensor]
+    """By the names of modules, in the order in which they ran; the model's own last, as ``""``."""
+
+
+HINT = (
+    "Describe the model by an Architecture of your own (fabric_tp/architectures/README.md), or by a plan for"
+    " fabric_tp.from_plan(); verify=False takes it as it is."
+)
+
+
+@contextmanager
+def verified(
+    model: nn.Module, blocks: Sequence[nn.Module], divide: Callable[[nn.Module], object], mesh: DeviceMesh, must: bool
+) -> Iterator[None]:
+    """Within it the model must be divided; it is run before and after, if it has weights.
+
+    Args:
+        model: On every rank with the same values.
+        blocks: Its blocks.
+        divide: What is about to be done to the model; first it is tried on a copy without memory.
+        mesh: The tensor-parallel ranks.
+        must: It is an error if no arguments are found with which the whole model runs; otherwise a warning.
+
+    Raises:
+        ValueError: The divided model fails, with the module and the line, or it gives something else.
+    """
+    try:
+        verify_shapes(model, blocks, divide, mesh)
+        has_values = not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+        expected = expect(model, blocks, mesh.size(), _device(mesh)) if has_values else None
+    except CannotRun as error:
+        message = f"Whether this {type(model).__name__} is parallelized right could not be verified: {error}."
+        if must:
+            raise ValueError(f"{message} Compare it by fabric_tp.testing.check_parity, and leave verify out.") from None
+        warnings.warn(f"{message} Compare it by fabric_tp.testing.check_parity; verify=False is silent.", stacklevel=2)
+        expected = None
+    yield
+    if expected:
+        compare(model, expected, mesh)
+
+
+def verify_without_ranks(
+    model: nn.Module, blocks: Sequence[nn.Module], divide: Callable[..., object], tensor_parallel_size: int
+) -> None:
+    """:func:`verify_shapes` in a process that is no rank; in one that is, nothing.
+
+    Args:
+        divide: ``divide(model, mesh=mesh)``.
+    """
+    if dist.is_initialized():
+        return
+    with fake_mesh(1, tensor_parallel_size) as mesh, suppress(CannotRun):
+        tensor_parallel = mesh[TENSOR_PARALLEL]
+        verify_shapes(model, blocks, partial(divide, mesh=tensor_parallel), tensor_parallel)
+
+
+def verify_shapes(
+    model: nn.Module, blocks: Sequence[nn.Module], divide: Callable[[nn.Module], object], mesh: DeviceMesh
+) -> None:
+    """Divide a copy without memory and run it, which communicates with nobody.
+
+    Raises:
+        ValueError: The divided copy cannot run.
+        CannotRun: Nor can the whole model, with any arguments that were tried.
+    """
+    names = [name for name, module in model.named_modules() if any(module is block for block in blocks)]
+    with fake_tensors():
+        device = torch.device(mesh.device_type)
+        fake = _without_memory(model, device)
+        blocks = [fake.get_submodule(name) for name in names]
+        expected = expect(fake, blocks, mesh.size(), device)
+        divide(fake)
+        compare(fake, expected, mesh)
+
+
+def expect(model: nn.Module, blocks: Sequence[nn.Module], size: int, device: torch.device) -> Expected:
+    """Run the whole model on a small input, of a length that ``size`` ranks divide.
+
+    Raises:
+        CannotRun: It runs with none of the arguments that were tried.
+    """
+    chosen, errors = _one_of_each_kind(blocks), []
+    for arguments in sample_arguments(model, size, device):
+        try:
+            with _with_only(chosen, model), _on(device, model):
+                return Expected(arguments, chosen, _run(model, chosen, arguments))
+        except Exception as error:
+            errors.append(f"{type(error).__name__}: {error}".splitlines()[0])
+    needed = ", ".join(needed_arguments(model))
+    raise CannotRun(f"its forward takes {needed}" + (f" and ends in {errors[-1]}" if errors else ""))
+
+
+def compare(model: nn.Module, expected: Expected, mesh: DeviceMesh) -> None:
+    """Run the divided model on the same input.
+
+    Raises:
+        ValueError: It fails, or gives something else.
+    """
+    at: list[tuple[str, nn.Module]] = []
+    try:
+        with _with_only(expected.blocks, model):
+            outputs = _run(model, expected.blocks, expected.arguments, at)
+    except Exception as error:
+        name, module = at[-1] if at else ("", model)
+        raise ValueError(
+            f"{name or 'The model'} ({_class_name(module)}) cannot run on one of {mesh.size()} ranks:"
+            f" {str(error).splitlines()[0]}{_line(error)}. Does it use a number that counts what is now divided, such"
+            f" as the heads or their features? {HINT}"
+        ) from error
+    wholes = expected.outputs
+    off = [_off(outputs[name], whole, mesh) for name, whole in wholes.items()]
+    if not any(isinstance(whole, FakeTensor) for whole in wholes.values()):
+        largest = torch.tensor(off, device=_device(mesh))  # on all ranks the same, or one would wait for the others
+        dist.all_reduce(largest, dist.ReduceOp.MAX, mesh.get_group())
+        off = largest.tolist()
+    for (name, whole), each in zip(wholes.items(), off, strict=True):
+        if not each <= TOLERANCES.get(whole.dtype, 1e-3):
+            raise ValueError(
+                f"{name or 'The model'} gives something else on {mesh.size()} ranks than on one device: {each:.1e} off,"
+                f" relative to its largest value. It computes something that its description does not say. {HINT}"
+            )
+
+
+def _run(
+    model: nn.Module,
+    chosen: list[nn.Module],
+    arguments: dict[str, Any],
+    at: list[tuple[str, nn.Module]] | None = None,
+) -> dict[str, Tensor]:
+    """Outputs of the chosen modules and of the model. On an error ``at`` ends with the module that it happened in."""
+    outputs: dict[str, Tensor] = {}
+    at = [] if at is None else at
+    names = {module: name for name, module in model.named_modules()}
+
+    def enter(module: nn.Module, args: object) -> None:
+        at.append((names.get(module, ""), module))
+
+    def leave(module: nn.Module, args: object, output: Any) -> None:
+        at.pop()
+        if module in chosen:
+            outputs.setdefault(names[module], _first_tensor(output))
+
+    with _evaluation(model), torch.no_grad():
+        hooks = [module.register_forward_pre_hook(enter, prepend=True) for module in model.modules()]
+        hooks += [module.register_forward_hook(leave) for module in model.modules()]
+        try:
+            output = model(**arguments)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    output = getattr(output, "logits", None) if hasattr(output, "logits") else output
+    return {**outputs, "": output if isinstance(output, DeferredLogits) else _first_tensor(output)}
+
+
+def _one_of_each_kind(blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    kinds: dict[object, nn.Module] = {}
+    for block in blocks:
+        kinds.setdefault(tuple((name, type(module)) for name, module in block.named_modules()), block)
+    return list(kinds.values())
+
+
+@contextmanager
+def _with_only(chosen: list[nn.Module], model: nn.Module) -> Iterator[None]:
+    """Within it these are all the blocks that the model has."""
+    (container,) = (module for module in model.modules() if chosen[0] in module._modules.values())
+    held = container._modules
+    kept = [(name, module) for name, module in held.items() if module in chosen]
+    numbered = isinstance(container, (nn.ModuleList, nn.Sequential))
+    container._modules = OrderedDict((str(i) if numbered else name, block) for i, (name, block) in enumerate(kept))  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        container._modules = held
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _on(device: torch.device, model: nn.Module) -> Iterator[None]:
+    """Within it the parameters are on this device, as the buffers are."""
+    away = [(parameter, parameter.data) for parameter in model.parameters() if parameter.device != device]
+    for parameter, data in away:
+        parameter.data = data.to(device)
+    try:
+        yield
+    finally:
+        for parameter, data in away:
+            parameter.data = data
+
+
+def _without_memory(model: nn.Module, device: torch.device) -> nn.Module:
+    tensors = [*model.parameters(), *model.buffers()]
+    memo: dict[int, Any] = {}
+    for tensor in tensors:
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+    return copy.deepcopy(model, memo)
+
+
+def _first_tensor(output: Any) -> Tensor:
+    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, (Tensor, DeferredLogits)))
+
+
+def _off(output: Any, whole: Tensor, mesh: DeviceMesh) -> float:
+    """How far the output is from this rank's part of the whole one, of its largest value; without values 0."""
+    if isinstance(output, DeferredLogits):
+        output = output.compute()
+    if isinstance(output, DTensor):
+        output = output.to_local()
+    if output.dim() != whole.dim():
+        return float("inf")
+    for dim in range(output.dim()):
+        if output.shape[dim] != whole.shape[dim]:  # of the sequence or of the vocabulary
+            whole = whole.chunk(mesh.size(), dim)[mesh.get_local_rank()]
+    if output.shape != whole.shape:
+        return float("inf")
+    if isinstance(whole, FakeTensor):
+        return 0.0
+    return float((output - whole).abs().max() / whole.abs().max().clamp(min=torch.finfo(whole.dtype).tiny))
+
+
+def _device(mesh: DeviceMesh) -> torch.device:
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
+
+
+def _class_name(module: nn.Module) -> str:
+    """Without what dividing it has added."""
+    return type(module).__name__.rpartition("[")[2].rstrip("]")
+
+
+def _line(error: BaseException) -> str:
+    """The last line on the way to the error that is the model's own."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(PACKAGES):
+            return f", at {Path(frame.filename).name}:{frame.lineno}, `{frame.line}`"
+    return ""
