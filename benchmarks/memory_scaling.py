@@ -31,8 +31,8 @@ from benchmarks.llama import FeedForward, Llama, Shape, torch_plan
 from benchmarks.plot import markdown, plot_feed_forward, plot_llama
 from fabric_tp.architectures.litgpt.config import load_config
 from fabric_tp.measure.memory import Memory
-from fabric_tp.measure.step import CountedStep, count_step
-from fabric_tp.mesh import default_dtype, fake_mesh, fake_tensors
+from fabric_tp.measure.step import CountedStep, count_step, default_dtype
+from fabric_tp.mesh import fake_mesh, fake_tensors
 
 PUBLISHED = {1: 4.04, 2: 2.03, 4: 1.02, 8: 0.60}
 """GB on each GPU in Lightning's guide, "Tensor Parallelism", by the number of GPUs."""

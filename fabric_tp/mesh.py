@@ -17,6 +17,13 @@ from fabric_tp._torch import FakeTensor, FakeTensorMode, TorchDispatchMode, unse
 DATA_PARALLEL, TENSOR_PARALLEL = "data_parallel", "tensor_parallel"
 
 
+def device_of(mesh: DeviceMesh) -> torch.device:
+    """This rank's device."""
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
+
+
 @contextmanager
 def fake_mesh(data_parallel_size: int, tensor_parallel_size: int, device_type: str = "cpu") -> Iterator[DeviceMesh]:
     """Fabric's mesh in this one process, as its rank 0, with collectives that go nowhere.
@@ -42,16 +49,6 @@ def fake_tensors(experts: int = 1) -> Iterator[None]:
     """Within it tensors have a shape and no memory."""
     with FakeTensorMode(allow_non_fake_inputs=True), _Values(experts):
         yield
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 class _Values(TorchDispatchMode):

@@ -119,7 +119,7 @@ class Block:
     feed_forward: FeedForward
     experts: Experts | None = None
     dropout_rates: tuple[str, ...] = ()
-    """Attributes that hold the rate of dropout in the block's own forward, without a module; it must be 0."""
+    """Attributes that hold a rate of dropout in the block's own forward, without a module; it must be 0."""
     shared_norm: Callable[[nn.Module], str | None] | None = None
     """From a block to the norm whose output both attention and MLP take, and both add to the block's input."""
 
@@ -139,7 +139,9 @@ class Architecture:
     """The ModuleList or ModuleDict of blocks."""
     block: Block | None = None
     positions: tuple[str, ...] = ()
-    """Learned embeddings of positions, added to the embedding's output."""
+    """Learned embeddings of positions, added to the embedding's output; they need ``measures_embedding``."""
+    dropout_rates: tuple[str, ...] = ()
+    """Paths to attributes that hold a rate of dropout in the model's own forward; it must be 0."""
     norm: str = ""
     head: str = ""
     feed_forward: FeedForward | None = None
@@ -154,7 +156,7 @@ class Architecture:
     splits_sequence: tuple[str, ...] = ()
     """Arguments of the forward that make it cut the sequence into pieces, of which each rank has only a part."""
     tested: tuple[str, ...] = ()
-    """Classes, by module and name, that this package's tests cover. Others are verified: see ``Parallelize.verify``."""
+    """Classes, by module and name, of which tests cover every variant. Others are verified: ``Parallelize.verify``."""
     measures_embedding: bool = False
     """The model takes the sequence length from the embedding's output, which must then be whole on every rank."""
 

@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from fabric_tp.loss import cross_entropy
 from fabric_tp.measure.communication import Collective
 from fabric_tp.measure.memory import KINDS
-from fabric_tp.measure.step import CountedStep, count_step
-from fabric_tp.mesh import default_dtype, fake_mesh, fake_tensors
+from fabric_tp.measure.step import CountedStep, count_step, default_dtype
+from fabric_tp.mesh import fake_mesh, fake_tensors
 from fabric_tp.parallelize import Parallelize, litgpt
 
 if TYPE_CHECKING:  # it takes seconds to import, and not every user of this package has such a model

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fabric_tp import _torch
-from fabric_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL
+from fabric_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL, device_of
 from fabric_tp.parallelize.blocks import checkpoint_or_compile
 from fabric_tp.parallelize.fsdp import shard_over_data_parallel
 from fabric_tp.parallelize.lean import make_lean
@@ -70,7 +70,7 @@ class ParallelizeByPlan(BlockOptions):
         """
         mesh = _tensor_parallel(device_mesh)
         derived = self._checked(model, mesh.size())
-        device = _device(device_mesh)
+        device = device_of(device_mesh)
         _synchronise(model, device_mesh, device)
         with _verified(model, derived, mesh):
             _divide(model, derived, mesh)
@@ -170,12 +170,6 @@ def _data_parallel(mesh: DeviceMesh) -> DeviceMesh | None:
     if DATA_PARALLEL not in (mesh.mesh_dim_names or ()):
         return None
     return mesh if mesh.ndim == 1 else mesh[DATA_PARALLEL]
-
-
-def _device(mesh: DeviceMesh) -> torch.device:
-    if mesh.device_type == "cpu":
-        return torch.device("cpu")
-    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
 
 
 def _synchronise(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:

@@ -26,11 +26,16 @@ from torch.utils._pytree import tree_leaves
 
 from fabric_tp._torch import FakeTensor
 from fabric_tp.loss.deferred import DeferredLogits
-from fabric_tp.mesh import TENSOR_PARALLEL, fake_mesh, fake_tensors
+from fabric_tp.mesh import TENSOR_PARALLEL, device_of, fake_mesh, fake_tensors
 from fabric_tp.parallelize.arguments import needed_arguments, sample_arguments
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 """Of the largest value. Sums in another order stay far below, and a wrong split comes out far above."""
+
+HINT = (
+    "Describe the model by an Architecture of your own (fabric_tp/architectures/README.md), or by a plan for"
+    " fabric_tp.from_plan(); verify=False takes it as it is."
+)
 
 PACKAGES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
@@ -48,12 +53,6 @@ class Expected:
     """One of each kind, as they were; all that ran."""
     outputs: dict[str, Tensor]
     """By the names of modules, in the order in which they ran; the model's own last, as ``""``."""
-
-
-HINT = (
-    "Describe the model by an Architecture of your own (fabric_tp/architectures/README.md), or by a plan for"
-    " fabric_tp.from_plan(); verify=False takes it as it is."
-)
 
 
 @contextmanager
@@ -75,7 +74,7 @@ def verified(
     try:
         verify_shapes(model, blocks, divide, mesh)
         has_values = not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
-        expected = expect(model, blocks, mesh.size(), _device(mesh)) if has_values else None
+        expected = expect(model, blocks, mesh.size(), device_of(mesh)) if has_values else None
     except CannotRun as error:
         message = f"Whether this {type(model).__name__} is parallelized right could not be verified: {error}."
         if must:
@@ -158,7 +157,7 @@ def compare(model: nn.Module, expected: Expected, mesh: DeviceMesh) -> None:
     wholes = expected.outputs
     off = [_off(outputs[name], whole, mesh) for name, whole in wholes.items()]
     if not any(isinstance(whole, FakeTensor) for whole in wholes.values()):
-        largest = torch.tensor(off, device=_device(mesh))  # on all ranks the same, or one would wait for the others
+        largest = torch.tensor(off, device=device_of(mesh))  # on all ranks the same, or one would wait for the others
         dist.all_reduce(largest, dist.ReduceOp.MAX, mesh.get_group())
         off = largest.tolist()
     for (name, whole), each in zip(wholes.items(), off, strict=True):
@@ -186,7 +185,7 @@ def _run(
     def leave(module: nn.Module, args: object, output: Any) -> None:
         at.pop()
         if module in chosen:
-            outputs.setdefault(names[module], _first_tensor(output))
+            outputs.setdefault(names[module], first_tensor(output))
 
     with _evaluation(model), torch.no_grad():
         hooks = [module.register_forward_pre_hook(enter, prepend=True) for module in model.modules()]
@@ -196,8 +195,7 @@ def _run(
         finally:
             for hook in hooks:
                 hook.remove()
-    output = getattr(output, "logits", None) if hasattr(output, "logits") else output
-    return {**outputs, "": output if isinstance(output, DeferredLogits) else _first_tensor(output)}
+    return {**outputs, "": first_tensor(output)}
 
 
 def _one_of_each_kind(blocks: Sequence[nn.Module]) -> list[nn.Module]:
@@ -255,8 +253,10 @@ def _without_memory(model: nn.Module, device: torch.device) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _first_tensor(output: Any) -> Tensor:
-    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, (Tensor, DeferredLogits)))
+def first_tensor(output: Any) -> Tensor:
+    """The logits, first of all that a model returns."""
+    logits = getattr(output, "logits", None)
+    return logits if logits is not None else next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
 
 
 def _off(output: Any, whole: Tensor, mesh: DeviceMesh) -> float:
@@ -275,12 +275,6 @@ def _off(output: Any, whole: Tensor, mesh: DeviceMesh) -> float:
     if isinstance(whole, FakeTensor):
         return 0.0
     return float((output - whole).abs().max() / whole.abs().max().clamp(min=torch.finfo(whole.dtype).tiny))
-
-
-def _device(mesh: DeviceMesh) -> torch.device:
-    if mesh.device_type == "cpu":
-        return torch.device("cpu")
-    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
 
 
 def _class_name(module: nn.Module) -> str:

@@ -9,8 +9,8 @@ from torch import nn
 from fabric_tp.architectures import Architecture, Block
 from fabric_tp.architectures.architecture import AdaptedHeads
 from fabric_tp.autograd.collectives import Layout
+from fabric_tp.plan.dropouts import check_drawn, inner_dropouts, outer_dropouts
 from fabric_tp.plan.inspection import (
-    Dropouts,
     FoundAttention,
     FoundBlock,
     FoundExperts,
@@ -67,13 +67,15 @@ def derive_plan(
     found = inspect_transformer(architecture, model)
     assert architecture.block is not None
     layout = layout_of(options)
+    if tensor_parallel_size > 1:
+        check_drawn(found)
     measured = architecture.measures_embedding and options.sequence_parallel
     plan: Plan = {architecture.embedding: VocabParallelEmbedding("replicate" if measured else layout)}
     if measured:
         plan[next(iter(found.blocks))] = ScatterInput()
     deriver = _Deriver(options, tensor_parallel_size, architecture.block)
     plan |= _blocks(architecture.blocks, found.blocks, deriver)
-    plan |= {name: Replicated("replicate" if measured else layout) for name in found.positions}
+    plan |= {name: Replicated("replicate") for name in found.positions}
     plan[architecture.norm] = Replicated(layout)
     if found.head.base:
         head: LMHead = LowRankHead(layout, loss_parallel=options.loss_parallel)
@@ -82,7 +84,7 @@ def derive_plan(
             layout, regather=options.regather, loss_parallel=options.loss_parallel, fused_loss=options.fused_loss
         )
     plan |= _layer(found.head, head, COLWISE)
-    return plan | _outer_dropouts(architecture, found.dropouts, layout, measured and tensor_parallel_size > 1)
+    return plan | outer_dropouts(architecture, found.dropouts, layout, measured and tensor_parallel_size > 1)
 
 
 def derive_feed_forward_plan(architecture: Architecture, model: nn.Module, tensor_parallel_size: int) -> Plan:
@@ -120,11 +122,6 @@ class _Deriver:
         dropouts = {name: Dropout(layout) for name in found.dropouts.rates}
         # A dropout between attention or MLP and the residual belongs to one of them: they cannot share a reduction.
         norm = None if options.replicate_attention or dropouts else found.shared_norm
-        if found.draws and self.size > 1:
-            raise ValueError(
-                f"The forward of {self.described.attention.name}'s block draws dropout masks by itself, which would be"
-                " others on each rank. Set the rates of dropout in the model's config to 0."
-            )
         plan |= dropouts
         attention, feed_forward = self.described.attention.name, self.described.feed_forward.name
         if norm:
@@ -164,7 +161,7 @@ class _Deriver:
         plan |= {name: Replicated(partial_gradient=True) for name in found.whole}
         plan |= _rowwise(found.outputs, layout)
         inputs = (*found.queries, *found.keys_values)
-        return plan | _inner_dropouts(found, inputs, layout, self.size)
+        return plan | inner_dropouts(found, inputs, layout, self.size)
 
     def experts(self, found: FoundExperts) -> Styles:
         """Every expert is split over all ranks: one gather before the router, one reduction of what all add up.
@@ -232,7 +229,7 @@ def _hidden(found: FoundMLP, output_layout: Layout | None, size: int, colwise: C
     plan = _colwise(found.inputs, colwise)
     plan |= {fused.name: FusedColwise(fused.parts, None) for fused in found.fused}
     plan |= _rowwise(found.outputs, output_layout)
-    return plan | _inner_dropouts(found, found.inputs, output_layout, size)
+    return plan | inner_dropouts(found, found.inputs, output_layout, size)
 
 
 def _colwise(layers: tuple[Linear, ...], colwise: Colwise = COLWISE) -> Styles:
@@ -252,46 +249,3 @@ def _rowwise(layers: tuple[Linear, ...], layout: Layout | None) -> Styles:
 def _layer(layer: Linear, style: Style, base: Style) -> Styles:
     """A linear layer, or an adapter with the linear layer in it."""
     return {layer.name: style, layer.base: base} if layer.base else {layer.name: style}
-
-
-def _outer_dropouts(architecture: Architecture, dropouts: Dropouts, layout: Layout, ambiguous: bool) -> Plan:
-    """Outside of the blocks; ``ambiguous`` if some there see the whole sequence, and some a part of it."""
-    plan: Plan = {}
-    for name, rate in dropouts.rates.items():
-        if name.startswith(f"{architecture.head}."):
-            plan[name] = Dropout()
-        elif not ambiguous:
-            plan[name] = Dropout(layout)
-        elif rate > 0:
-            raise ValueError(
-                f"{name} is a Dropout between the embedding, whose output is whole on every rank, and the head,"
-                " whose input is not, and which of both it sees is not known. Use sequence_parallel=False, or move"
-                " it into the blocks."
-            )
-    return plan
-
-
-def _inner_dropouts(
-    found: FoundAttention | FoundMLP, inputs: tuple[Linear, ...], layout: Layout | None, size: int
-) -> Styles:
-    """Inside attention or an MLP: in adapters, on shards, and on what the row-wise layer made of them."""
-    plan: Styles = {}
-    outputs = {layer.name for layer in found.outputs}
-    for name, rate in found.dropouts.rates.items():
-        if name in found.dropouts.in_adapters:
-            plan[name] = Dropout("features" if name.rpartition(".")[0] in outputs else "replicate")
-            continue
-        width = found.outputs[0].out_features
-        sharded = {layer.in_features for layer in found.outputs} | {layer.out_features for layer in inputs}
-        sharded |= {sum(fused.parts.values()) for fused in found.fused}
-        if size == 1 or width * size not in sharded:
-            plan[name] = Dropout("features", reduced_features=width, reduced_layout=layout or "replicate")
-        elif rate > 0:
-            raise ValueError(
-                f"{name} is a Dropout in a {found.class_name} whose {width * size} hidden features are {width} on"
-                f" each of {size} ranks, as many as its output has: which of both the dropout sees is unknown. Say so:"
-                " plan = fabric_tp.auto().plan(model, tensor_parallel_size=1); plan[...] = fabric_tp.styles."
-                'Dropout("features"), or where it comes last "sequence", or "replicate" without sequence parallelism;'
-                " then use fabric_tp.from_plan(plan)."
-            )
-    return plan

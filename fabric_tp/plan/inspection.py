@@ -107,8 +107,8 @@ class FoundBlock:
     experts: FoundExperts | None
     dropouts: Dropouts
     """Outside of attention and MLP."""
-    draws: bool
-    """Its own forward has dropout inside."""
+    drawn: dict[str, float]
+    """Positive rates of dropout in its own forward, by the attributes that hold them."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,8 @@ class FoundTransformer:
     head: Linear
     dropouts: Dropouts
     """Outside of the blocks."""
+    drawn: dict[str, float]
+    """As in :class:`FoundBlock`."""
 
 
 def inspect_transformer(architecture: Architecture, model: nn.Module) -> FoundTransformer:
@@ -136,6 +138,7 @@ def inspect_transformer(architecture: Architecture, model: nn.Module) -> FoundTr
         positions=tuple(present(model, architecture.positions)),
         head=inspector.linear(model, architecture.head),
         dropouts=inspector.dropouts(model).outside(architecture.blocks),
+        drawn=_positive(model, architecture.dropout_rates),
     )
 
 
@@ -180,7 +183,7 @@ class _Inspector:
             feed_forward=None if has_experts else self.mlp_of_block(block.feed_forward, module),
             experts=self.experts(experts, block.feed_forward, module) if has_experts and experts else None,
             dropouts=self.dropouts(module).outside(*inner),
-            draws=any(_is_positive(getattr(module, name, 0.0)) for name in block.dropout_rates),
+            drawn=_positive(module, block.dropout_rates),
         )
 
     def attention(self, attention: Attention, module: nn.Module) -> FoundAttention:
@@ -200,7 +203,7 @@ class _Inspector:
             key_value_counts=existing(module, attention.key_value_counts),
             group_sizes=existing(module, attention.group_sizes),
             head_features=tuple(path for path in attention.head_features if attribute(module, path) == features),
-            draws=any(_is_positive(getattr(module, name, 0.0)) for name in attention.dropout_rates),
+            draws=bool(_positive(module, attention.dropout_rates)),
             dropouts=self.dropouts(module),
             class_name=type(module).__name__,
         )
@@ -272,5 +275,6 @@ def _is_within(path: str, name: str) -> bool:
     return bool(name) and (path == name or path.startswith(f"{name}."))
 
 
-def _is_positive(rate: object) -> bool:
-    return isinstance(rate, float) and rate > 0
+def _positive(module: nn.Module, paths: Iterable[str]) -> dict[str, float]:
+    rates = {path: attribute(module, path) for path in paths}
+    return {path: rate for path, rate in rates.items() if isinstance(rate, float) and rate > 0}

@@ -14,7 +14,7 @@ Answer = TypeVar("Answer")
 
 def child(module: nn.Module, name: str) -> nn.Module:
     if not has(module, name):
-        held = ", ".join(child for child, _ in module.named_children())
+        held = ", ".join(each for each, _ in module.named_children())
         raise ValueError(f"A {type(module).__name__} has no {name!r}; it has {held}.")
     return module.get_submodule(name)
 

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fabric_tp.loss import cross_entropy
 from fabric_tp.loss.deferred import DeferredLogits
+from fabric_tp.parallelize.verification import first_tensor
 from fabric_tp.shards import gather_shards
 from fabric_tp.styles.fused_colwise import fused_parameters
 from fabric_tp.testing.ranks import Ranks, mesh
@@ -135,12 +136,6 @@ def _call(model: nn.Module, inputs: Any) -> Any:
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
 
 
-def _first_tensor(output: Any) -> Tensor:
-    """The logits, first of all that a model returns."""
-    logits = getattr(output, "logits", None)
-    return logits if logits is not None else next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
-
-
 def _mine(inputs: Any, sizes: tuple[int, int]) -> Any:
     """This data-parallel rank's rows."""
     rank = mesh(*sizes).get_local_rank("data_parallel")
@@ -151,10 +146,10 @@ def _random_output_gradient(
     reference: nn.Module, model: nn.Module, inputs: Any, sizes: tuple[int, int]
 ) -> dict[str, float]:
     """Output, and gradients for a random gradient of it, which no symmetry of a loss can hide."""
-    expected = _first_tensor(_call(reference, inputs))
+    expected = first_tensor(_call(reference, inputs))
     grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=expected.dtype)
     (expected * grad).sum().backward()
-    output = _first_tensor(_call(model, _mine(inputs, sizes)))
+    output = first_tensor(_call(model, _mine(inputs, sizes)))
     expected, grad = _mine(expected, sizes), _mine(grad, sizes) * sizes[0]  # FSDP2 averages over the ranks
     if isinstance(output, DeferredLogits):
         output = output.compute()

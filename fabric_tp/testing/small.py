@@ -47,10 +47,10 @@ def small_transformers(name: str, **overrides: Any) -> nn.Module:
     return randomize(huggingface.small_transformers(name, **overrides))
 
 
-def small_causal(model_type: str) -> nn.Module:
+def small_causal(model_type: str, **overrides: Any) -> nn.Module:
     """A causal language model of Transformers; ``model_type`` is one of :func:`causal_types`.
 
     Raises:
         ValueError: Transformers is not installed.
     """
-    return randomize(huggingface.small_causal(model_type))
+    return randomize(huggingface.small_causal(model_type, **overrides))

@@ -111,8 +111,7 @@ class LlamaForCausalLM(nn.Module):
 
 
 def causal_and_padding(input_ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``(b, 1, s, s)``: minus infinity where a position may not look; a padded row looks at itself."""
+    """``(b, 1, s, s)``: minus infinity where a position may not look."""
     length = input_ids.shape[1]
     seen = torch.ones(length, length, dtype=torch.bool).tril() & (input_ids != PADDING)[:, None, :]
-    seen |= torch.eye(length, dtype=torch.bool)
     return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -torch.inf)[:, None]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import pytest
 
@@ -37,16 +36,25 @@ def test_other_meshes(pool, model_type, sizes, sequence_parallel) -> None:
     assert_equal(pool, partial(small_causal, model_type), parallelize_fn, sizes)
 
 
-def test_dropout_without_a_module_is_refused() -> None:
-    model: Any = small_causal("xglm")
-    for layer in model.model.layers:
-        layer.dropout = 0.1
-    with pytest.raises(ValueError, match=r"draws dropout masks by itself.* Set the rates .* to 0"):
-        fabric_tp.auto().check(model, tensor_parallel_size=2)
+@pytest.mark.parametrize("rate", ["dropout", "activation_dropout", "layerdrop"])
+@pytest.mark.parametrize("model_type", ["xglm", "biogpt"])
+def test_dropout_without_a_module_is_refused(model_type, rate) -> None:
+    named = "hidden_dropout_prob" if (model_type, rate) == ("biogpt", "dropout") else rate
+    with pytest.raises(ValueError, match=rf"drops at the rates .*{rate}=0\.1.* set these rates to 0"):
+        fabric_tp.auto().check(small_causal(model_type, **{named: 0.1}), tensor_parallel_size=2)
 
 
-@pytest.mark.parametrize("model_type", ["granitemoe", "llama4_text", "minimax", "mamba"])
+REFUSED = {
+    "granitemoe": r"model\.layers\.0: A GraniteMoeDecoderLayer has no 'mlp'; it has",
+    "llama4_text": r"model\.layers\.0: A Llama4TextDecoderLayer has no 'mlp'; it has",
+    "minimax": r"model\.layers\.1: How many heads or features a MiniMaxLightningAttention has cannot be told: It has no",
+    "mamba": "The architecture of this MambaForCausalLM is not known",
+}
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
 def test_what_is_not_covered_is_refused_by_name(model_type) -> None:
     assert model_type in causal_types()
-    with pytest.raises(ValueError, match=r"from_plan"):
+    with pytest.raises(ValueError, match=REFUSED[model_type]) as refused:
         fabric_tp.auto().check(small_causal(model_type), tensor_parallel_size=2)
+    assert "from_plan" in str(refused.value)

@@ -13,7 +13,8 @@ from benchmarks.memory_scaling import LEAN, PUBLISHED, count_peer, feed_forward_
 from benchmarks.plot import markdown, plot_feed_forward, plot_llama
 from fabric_tp.architectures.litgpt.config import load_config
 from fabric_tp.measure.estimation import estimate
-from fabric_tp.mesh import default_dtype, fake_mesh, fake_tensors
+from fabric_tp.measure.step import default_dtype
+from fabric_tp.mesh import fake_mesh, fake_tensors
 from fabric_tp.testing.ranks import mesh
 
 SMALL = Shape(layers=2, width=128, heads=8, kv_heads=4, hidden=192, vocabulary=512, length=64)

@@ -17,8 +17,8 @@ import fabric_tp
 from fabric_tp.architectures.litgpt.config import load_config
 from fabric_tp.measure.estimation import Precision, estimate
 from fabric_tp.measure.fit import cheapest, fit, least_peak_by_layers
-from fabric_tp.measure.step import count_step
-from fabric_tp.mesh import default_dtype, fake_mesh
+from fabric_tp.measure.step import count_step, default_dtype
+from fabric_tp.mesh import fake_mesh
 from fabric_tp.testing.ranks import mesh
 from tests.models import VOCABULARY, litgpt_config
 
@@ -212,6 +212,11 @@ def test_fit_takes_the_first_option_that_fits() -> None:
     assert {each.parallelize.activation_checkpointing for each in roomy} == {"none"}
     one_byte_less = list(fit(config, memory=roomy[-1].memory.peak - 1, devices=2, **sizes))
     assert one_byte_less[-1].parallelize.activation_checkpointing != "none"
+
+
+@pytest.mark.sweep
+def test_nothing_fits_a_byte() -> None:
+    assert list(fit(litgpt_config("Llama-3-8B", **WIDE), memory=1, devices=4)) == []
 
 
 @pytest.mark.swept(lambda p: p["kind"] == "none")

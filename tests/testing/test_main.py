@@ -18,7 +18,7 @@ def test_equal_models_exit_with_0() -> None:
     run = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     *lines, totals = run.stdout.splitlines()
-    assert totals == "3 equal, 0 refused, 0 DIFFERENT"
+    assert totals == "3 equal, 0 refused, 0 not built, 0 ERROR, 0 DIFFERENT"
     assert len(lines) == 3
     assert all(re.fullmatch(r"\S+ +equal +\d\.\de[-+]\d\d \S.*", line) for line in lines)
 

@@ -10,52 +10,21 @@ from torch import nn
 from fabric_tp.architectures.small import HIDDEN, LENGTH, VOCABULARY, WINDOW
 
 TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "Llama": ("Llama", {}),
-    "Llama, tied embeddings": ("Llama", {"tie_word_embeddings": True}),
-    "Mistral": ("Mistral", {"head_dim": 8, "sliding_window": WINDOW}),
-    "Qwen2": ("Qwen2", {}),
-    "Qwen3": ("Qwen3", {"head_dim": 16}),
-    "Phi3": ("Phi3", {}),
-    "Gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": WINDOW}),
-    "Gemma3": ("Gemma3", {"head_dim": 16, "sliding_window": WINDOW}),
-    "Gemma3, six layers": ("Gemma3", {"head_dim": 16, "sliding_window": WINDOW, "num_hidden_layers": 6}),
-    "Olmo2": ("Olmo2", {}),
-    "GPT-NeoX": ("GPTNeoX", {"num_key_value_heads": None}),
-    "GPT-NeoX, one residual after the other": (
-        "GPTNeoX",
-        {"num_key_value_heads": None, "use_parallel_residual": False},
-    ),
-    "Mixtral": ("Mixtral", {}),
+    "Llama": ("llama", {}),
+    "Llama, tied embeddings": ("llama", {"tie_word_embeddings": True}),
+    "Mistral": ("mistral", {"head_dim": 8}),
+    "Qwen2": ("qwen2", {}),
+    "Qwen3": ("qwen3", {"head_dim": 16}),
+    "Phi3": ("phi3", {}),
+    "Gemma2": ("gemma2", {"head_dim": 16}),
+    "Gemma3": ("gemma3_text", {"head_dim": 16}),
+    "Gemma3, six layers": ("gemma3_text", {"head_dim": 16, "num_hidden_layers": 6}),
+    "Olmo2": ("olmo2", {}),
+    "GPT-NeoX": ("gpt_neox", {}),
+    "GPT-NeoX, one residual after the other": ("gpt_neox", {"use_parallel_residual": False}),
+    "Mixtral": ("mixtral", {}),
 }
-"""Families of Transformers' causal language models, and what their configs need besides small sizes."""
-
-
-def small_transformers(name: str, **overrides: Any) -> nn.Module:
-    """A causal language model of Transformers; ``name`` is a key of ``TRANSFORMERS``.
-
-    Raises:
-        ValueError: Transformers is not installed.
-    """
-    transformers = _transformers()
-    family, options = TRANSFORMERS[name]
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 64,
-        "intermediate_size": HIDDEN,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 4 * LENGTH,
-        "pad_token_id": 0,
-        "use_cache": False,
-    }
-    config_class = getattr(transformers, f"{family}TextConfig", None) or getattr(transformers, f"{family}Config")
-    given = {**sizes, **options, **overrides}
-    config = config_class(**{name: value for name, value in given.items() if value is not None})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return getattr(transformers, f"{family}ForCausalLM")(config)
-
+"""Families of Transformers' causal language models: the type, and what its config needs besides small sizes."""
 
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "n_words", "text_vocab_size"), VOCABULARY),
@@ -82,6 +51,9 @@ SIZES: dict[str, Any] = {
 }
 """Small sizes by the names that configs of Transformers have for them."""
 
+UNSET = ("num_key_value_heads", "pad_token_id", "sliding_window", "use_cache")
+"""Those that are given even where a config has None; other sizes then follow from the rest."""
+
 
 def causal_types() -> list[str]:
     """Every type of causal language model that the installed Transformers knows.
@@ -95,10 +67,24 @@ def causal_types() -> list[str]:
     return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def small_causal(model_type: str) -> nn.Module:
-    """The causal language model of a type, with its config's sizes made small wherever they have a known name."""
+def small_transformers(name: str, **overrides: Any) -> nn.Module:
+    """A causal language model of Transformers; ``name`` is a key of ``TRANSFORMERS``.
+
+    Raises:
+        ValueError: Transformers is not installed.
+    """
+    model_type, options = TRANSFORMERS[name]
+    return small_causal(model_type, **{**options, **overrides})
+
+
+def small_causal(model_type: str, **overrides: Any) -> nn.Module:
+    """The causal language model of a type, with its config's sizes made small wherever they have a known name.
+
+    Raises:
+        ValueError: Transformers is not installed.
+    """
     transformers = _transformers()
-    config = _small_config(transformers.CONFIG_MAPPING[model_type])
+    config = _small_config(transformers.CONFIG_MAPPING[model_type], overrides)
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
     with torch.random.fork_rng(devices=[]):
@@ -106,13 +92,13 @@ def small_causal(model_type: str) -> nn.Module:
         return transformers.AutoModelForCausalLM.from_config(config)
 
 
-def _small_config(config_class: type, **more: Any) -> Any:
+def _small_config(config_class: type, overrides: dict[str, Any]) -> Any:
     default = config_class()
-    sizes = {name: value for name, value in SIZES.items() if getattr(default, name, None) is not None}
-    sizes |= {name: SIZES[name] for name in ("pad_token_id", "use_cache") if hasattr(default, name)}
+    known = {name: value for name, value in SIZES.items() if hasattr(default, name)}
+    sizes = {name: value for name, value in known.items() if getattr(default, name) is not None or name in UNSET}
     if (inner := getattr(default, "text_config", None)) is not None:
-        sizes["text_config"] = _small_config(type(inner)).to_dict()
-    return config_class(**sizes, **more)
+        sizes["text_config"] = _small_config(type(inner), {}).to_dict()
+    return config_class(**{**sizes, **overrides})
 
 
 def _transformers() -> Any:

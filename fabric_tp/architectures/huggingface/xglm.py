@@ -13,6 +13,7 @@ XGLM = replace(
         feed_forward=FeedForward(name="", inputs=("fc1",), outputs=("fc2",)),
         dropout_rates=("dropout", "activation_dropout"),
     ),
+    dropout_rates=("model.dropout", "model.layerdrop"),
     norm="model.layer_norm",
     tested=(),
 )
@@ -24,6 +25,7 @@ BIOGPT = replace(
     embedding="biogpt.embed_tokens",
     positions=("biogpt.embed_positions",),
     blocks="biogpt.layers",
+    dropout_rates=("biogpt.dropout", "biogpt.layerdrop"),
     norm="biogpt.layer_norm",
     head="output_projection",
 )

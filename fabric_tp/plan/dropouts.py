@@ -1,0 +1,62 @@
+"""What a model's dropouts see, and so how their masks are made to fit on all ranks."""
+
+from __future__ import annotations
+
+from fabric_tp.architectures import Architecture
+from fabric_tp.autograd.collectives import Layout
+from fabric_tp.plan.inspection import Dropouts, FoundAttention, FoundMLP, FoundTransformer, Linear
+from fabric_tp.plan.plan import Plan
+from fabric_tp.styles import Dropout, Style
+
+
+def check_drawn(found: FoundTransformer) -> None:
+    drawn = {**found.drawn, **{key: rate for block in found.blocks.values() for key, rate in block.drawn.items()}}
+    if drawn:
+        rates = ", ".join(f"{name.rpartition('.')[2]}={rate}" for name, rate in drawn.items())
+        raise ValueError(
+            f"Without a module, the model's forward drops at the rates {rates}: each rank would drop something else."
+            " There is no style for that; set these rates to 0 in the model's config."
+        )
+
+
+def outer_dropouts(architecture: Architecture, dropouts: Dropouts, layout: Layout, ambiguous: bool) -> Plan:
+    """Outside of the blocks; ``ambiguous`` if some there see the whole sequence, and some a part of it."""
+    plan: Plan = {}
+    for name, rate in dropouts.rates.items():
+        if name.startswith(f"{architecture.head}."):
+            plan[name] = Dropout()
+        elif not ambiguous:
+            plan[name] = Dropout(layout)
+        elif rate > 0:
+            raise ValueError(
+                f"{name} is a Dropout between the embedding, whose output is whole on every rank, and the head,"
+                " whose input is not, and which of both it sees is not known. Use sequence_parallel=False, or move"
+                " it into the blocks."
+            )
+    return plan
+
+
+def inner_dropouts(
+    found: FoundAttention | FoundMLP, inputs: tuple[Linear, ...], layout: Layout | None, size: int
+) -> dict[str, Style]:
+    """Inside attention or an MLP: in adapters, on shards, and on what the row-wise layer made of them."""
+    plan: dict[str, Style] = {}
+    outputs = {layer.name for layer in found.outputs}
+    for name, rate in found.dropouts.rates.items():
+        if name in found.dropouts.in_adapters:
+            plan[name] = Dropout("features" if name.rpartition(".")[0] in outputs else "replicate")
+            continue
+        width = found.outputs[0].out_features
+        sharded = {layer.in_features for layer in found.outputs} | {layer.out_features for layer in inputs}
+        sharded |= {sum(fused.parts.values()) for fused in found.fused}
+        if size == 1 or width * size not in sharded:
+            plan[name] = Dropout("features", reduced_features=width, reduced_layout=layout or "replicate")
+        elif rate > 0:
+            raise ValueError(
+                f"{name} is a Dropout in a {found.class_name} whose {width * size} hidden features are {width} on"
+                f" each of {size} ranks, as many as its output has: which of both the dropout sees is unknown. Say so:"
+                " plan = fabric_tp.auto().plan(model, tensor_parallel_size=1); plan[...] = fabric_tp.styles."
+                'Dropout("features"), or where it comes last "sequence", or "replicate" without sequence parallelism;'
+                " then use fabric_tp.from_plan(plan)."
+            )
+    return plan
