@@ -47,7 +47,7 @@ def test_dropout_without_a_module_is_refused(model_type, rate) -> None:
 REFUSED = {
     "granitemoe": r"model\.layers\.0: A GraniteMoeDecoderLayer has no 'mlp'; it has",
     "llama4_text": r"model\.layers\.0: A Llama4TextDecoderLayer has no 'mlp'; it has",
-    "minimax": r"model\.layers\.1: How many heads or features a MiniMaxLightningAttention has cannot be told: It has no",
+    "minimax": r"model\.layers\.1: .* a MiniMaxLightningAttention has cannot be told: It has no",
     "mamba": "The architecture of this MambaForCausalLM is not known",
 }
 
