@@ -110,8 +110,8 @@ def tokenizer_folder(args: Args) -> Path | None:
 
 
 def parallelization(args: Args) -> fabric_tp.Parallelize:
-    """With all options that are the factory's."""
-    names = [each.name for each in fields(fabric_tp.litgpt) if each.init]
+    """With the options that the arguments share with the factory."""
+    names = [each.name for options in (TransformerOptions, BlockOptions) for each in fields(options)]
     return fabric_tp.litgpt(**{name: getattr(args, name) for name in names})
 
 

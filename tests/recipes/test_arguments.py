@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
-from arguments import Args, Sizes, command_line, decide_sizes, find_launcher
+from arguments import Args, Sizes, command_line, decide_sizes, find_launcher, parallelization
 from litgpt import GPT
 from model import model_config
 
@@ -61,6 +61,12 @@ def test_sizes_that_do_not_fit(given: dict[str, int], processes: int, match: str
 def test_sizes(given: dict[str, int], processes: int, expected: tuple[int, ...]) -> None:
     sizes = sizes_of(Args(**given), processes)  # type: ignore[arg-type]
     assert (sizes.data_parallel, sizes.tensor_parallel, sizes.global_batch, sizes.micro_batch) == expected
+
+
+def test_parallel_options_reach_the_factory() -> None:
+    assert parallelization(Args()) == fabric_tp.litgpt()
+    given = {"fused_loss": True, "activation_checkpointing": "full", "reshard_after_forward": False}
+    assert parallelization(Args(**given)) == fabric_tp.litgpt(**given)
 
 
 def test_tiny_config_is_the_default() -> None:
