@@ -108,7 +108,7 @@ def test_needs_a_third_of_what_torch_keeps(mesh) -> None:
 
 
 def test_unknown_modules_keep_no_gathered_input(mesh) -> None:
-    assert kept_per_layer(llama, fabric_tp.llama(), mesh) < 54
+    assert kept_per_layer(llama, fabric_tp.llama(verify=False), mesh) < 54
 
 
 def test_windows_are_in_memory_once(mesh) -> None:

@@ -64,8 +64,8 @@ def test_sizes(given: dict[str, int], processes: int, expected: tuple[int, ...])
 
 
 def test_parallel_options_reach_the_factory() -> None:
-    assert parallelization(Args()) == fabric_tp.litgpt()
-    given = {"fused_loss": True, "activation_checkpointing": "full", "reshard_after_forward": False}
+    assert parallelization(Args()) == fabric_tp.litgpt(fused_loss=True)  # the recipe's own default
+    given = {"fused_loss": False, "activation_checkpointing": "full", "reshard_after_forward": False}
     assert parallelization(Args(**given)) == fabric_tp.litgpt(**given)
 
 
