@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,6 +32,10 @@ def pool(forks) -> Iterator[Callable[[int], Ranks]]:
     yield get
     for each in pools.values():
         each.stop()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported by now is no garbage, and to look for some in it takes long
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is marked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import warnings
@@ -15,16 +16,18 @@ import torch.multiprocessing as mp
 class Forks:
     """Starts the processes of ``Ranks(size, start=forks)``.
 
-    Each rank has an origin of its own, so that sets of strings are in another order on each, as in real processes.
+    Ranks 0, 2, ... have another origin than ranks 1, 3, ..., so that sets of strings are in another order on these,
+    as in real processes.
     """
 
     def __init__(self) -> None:
         self._origins: dict[int, Origin] = {}
 
     def __call__(self, rank: int, target: Callable[..., None], args: tuple) -> Fork:
-        if rank not in self._origins:
-            self._origins[rank] = Origin()
-        return Fork(self._origins[rank], target, args)
+        parity = rank % 2
+        if parity not in self._origins:
+            self._origins[parity] = Origin()
+        return Fork(self._origins[parity], target, args)
 
     def stop(self) -> None:
         for origin in self._origins.values():
@@ -82,6 +85,7 @@ def _fork_on_request(requests: Connection) -> None:
     """Fork for each function and its arguments, and answer with the process; wait for each process, with its code."""
     warnings.filterwarnings("ignore")
     __import__("tests.models")
+    gc.freeze()  # or each fork would copy all that is imported, to look for garbage in it
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             request = requests.recv()

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import fabric_tp
-from tests.strategy.jobs import environment
+from tests.programs import environment
 
 PATHS = {
     "fabric_tp": fabric_tp.__all__,

@@ -23,7 +23,7 @@ from fabric_tp import _torch
 
 TIMEOUT = 300
 UNCOLLECTED_GROUPS = 30
-"""Groups destroyed between two runs of the garbage collector, which takes half a second where much is imported."""
+"""Groups destroyed between two runs of the garbage collector."""
 
 
 def _spawn(rank: int, target: Callable[..., None], args: tuple) -> BaseProcess:
@@ -89,6 +89,7 @@ class Ranks:
 
 def _serve(rank: int, size: int, store: str, connection: Connection) -> None:
     warnings.filterwarnings("ignore")
+    gc.freeze()  # what is imported is no garbage, and looking for some in it takes half a second each time
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT / 2)

@@ -79,7 +79,7 @@ def test_structure(pool, structure, sizes) -> None:
     assert_equal(pool, built(structure), fabric_tp.litgpt(), sizes)
 
 
-@pytest.mark.swept(lambda p: p["structure"] not in ("norms of one key head", "parallel residual, biases", "experts"))
+@pytest.mark.swept(lambda p: p["structure"] != "experts")
 @pytest.mark.parametrize(
     "structure",
     [
@@ -99,7 +99,7 @@ def test_structure_with_data_parallelism(pool, structure) -> None:
     assert_equal(pool, built(structure), fabric_tp.litgpt(), (2, 2))
 
 
-@pytest.mark.swept(lambda p: p["sizes"] == (1, 4) and p["options"] != {"sequence_parallel": False})
+@pytest.mark.swept(lambda p: p["sizes"] == (1, 4))
 @pytest.mark.parametrize(
     "options",
     [
@@ -126,7 +126,7 @@ def test_options(pool, structure, sizes, options) -> None:
     assert_equal(pool, built(structure), fabric_tp.litgpt(**options), sizes)
 
 
-@pytest.mark.swept(lambda p: p["sizes"] == (1, 4) or (p["sizes"] == (2, 2) and not p["sequence_parallel"]))
+@pytest.mark.swept(lambda p: p["sizes"] != (1, 2))
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 @pytest.mark.parametrize("sizes", [(1, 2), (1, 4), (2, 2)], ids=str)
 def test_replicated_attention(pool, sizes, sequence_parallel) -> None:
@@ -149,7 +149,7 @@ def tied(name: str = "Gemma-2b") -> nn.Module:
     return model
 
 
-@pytest.mark.swept(lambda p: p["sizes"] == (2, 2) and not p["sequence_parallel"])
+@pytest.mark.swept(lambda p: p["sizes"] == (2, 2) or not p["sequence_parallel"])
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 @pytest.mark.parametrize("sizes", [(1, 2), (2, 2)], ids=str)
 def test_tied_embeddings(pool, sizes, sequence_parallel) -> None:

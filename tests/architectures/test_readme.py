@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +16,7 @@ import fabric_tp
 from fabric_tp import architectures
 from fabric_tp.testing.parity import compare, next_token_loss
 from tests.models import LENGTH
-from tests.strategy.jobs import environment
+from tests.programs import finish, python, start
 
 PAGE = Path(architectures.__file__).with_name("README.md")
 
@@ -47,13 +45,10 @@ def refused(parrot: ModuleType, **attention: Any) -> None:
 
 
 def test_example_runs(tmp_path) -> None:
-    (tmp_path / "parrot.py").write_text(example())
-    run = subprocess.run(
-        [sys.executable, "parrot.py"], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    assert "trunk.*.attention.to_k x 2" in run.stdout
-    assert re.search(r"^equal to one device: of \d+ tensors", run.stdout, re.MULTILINE)
+    (script := tmp_path / "parrot.py").write_text(example())
+    printed = finish([start([*python(), str(script)], tmp_path / "output")])
+    assert "trunk.*.attention.to_k x 2" in printed
+    assert re.search(r"^equal to one device: of \d+ tensors", printed, re.MULTILINE)
 
 
 def test_auto_does_not_know_it(parrot) -> None:

@@ -25,6 +25,7 @@ def real_peer(sizes: tuple[int, int]) -> tuple[int, int]:
     return step.memory.peak, step.sent("tensor_parallel")
 
 
+@pytest.mark.swept(lambda p: p["sizes"] == (2, 2))
 @pytest.mark.parametrize("sizes", [(1, 2), (2, 2)])
 def test_torch_styles_are_predicted_as_they_are(pool, sizes) -> None:
     peak, sent = pool(sizes[0] * sizes[1])(real_peer, sizes)

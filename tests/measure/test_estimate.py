@@ -72,7 +72,7 @@ CASES = [
 ]
 
 
-@pytest.mark.swept(lambda p: p["name"] in ("falcon-40b", "phi-2") or (p["name"], p["sizes"]) == ("Llama-3-8B", (2, 2)))
+@pytest.mark.swept(lambda p: (p["name"], p["sizes"]) not in (("Llama-3-8B", (1, 2)), ("Llama-2-7b-hf", (2, 2))))
 @pytest.mark.parametrize(("name", "sizes", "options", "precision"), CASES)
 def test_estimate_is_what_a_real_step_needs(pool, name, sizes, options, precision) -> None:
     peak, most, sent = pool(sizes[0] * sizes[1])(real_step, name, sizes, options, precision)
@@ -219,7 +219,7 @@ def test_nothing_fits_a_byte() -> None:
     assert list(fit(litgpt_config("Llama-3-8B", **WIDE), memory=1, devices=4)) == []
 
 
-@pytest.mark.swept(lambda p: p["kind"] == "none")
+@pytest.mark.sweep
 @pytest.mark.parametrize("kind", ["none", "full"])
 def test_fewer_layers_bound_the_peak_from_below(kind) -> None:
     config = litgpt_config("Llama-3-8B", **{**WIDE, "n_layer": 10})

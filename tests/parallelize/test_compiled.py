@@ -41,7 +41,7 @@ def gpt(name: str, layers: int) -> nn.Module:
     return GPT.from_name(name, n_layer=layers, **sizes)
 
 
-@pytest.mark.swept(lambda p: p["options"] and p["name"] != "Llama-3-8B")
+@pytest.mark.swept(lambda p: p["name"] not in ("Llama-3-8B", "phi-2") or (p["options"] and p["name"] == "phi-2"))
 @pytest.mark.parametrize(
     "options",
     [

@@ -84,6 +84,7 @@ def resume(sizes: tuple[int, int], checkpoint: Path) -> list[float]:
         return [float(gather_shards(t).double().abs().sum()) for t in [*model.parameters(), *momenta]]
 
 
+@pytest.mark.swept(lambda p: not p["on_meta"])
 @pytest.mark.parametrize("on_meta", [False, True], ids=["real", "meta"])
 def test_training_is_the_same_on_every_mesh(pool, on_meta) -> None:
     one, *others = [pool(dp * tp)(train, (dp, tp), on_meta, {}) for dp, tp in MESHES]

@@ -42,6 +42,7 @@ def parameter_names(sizes: Sizes, options: dict[str, Any]) -> list[str]:
     return sorted(name for name, _ in model.named_parameters())
 
 
+@pytest.mark.swept(lambda p: p["compile"] != (p["activation_checkpointing"] == "full"))
 @pytest.mark.parametrize("activation_checkpointing", ["none", "full", "selective"])
 @pytest.mark.parametrize("compile", [False, True])
 def test_names_have_no_prefixes(pool, activation_checkpointing, compile) -> None:

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from .programs import RECIPES, fabric_run, python, run, run_ranks
+from tests.programs import RECIPES, fabric_run, python, run, run_ranks
+
 from .runs import options
 
 sys.path.insert(0, str(RECIPES))  # the recipe's files find each other as scripts do

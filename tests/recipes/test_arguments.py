@@ -9,8 +9,8 @@ from litgpt import GPT
 from model import model_config
 
 import fabric_tp
+from tests.programs import RECIPES, start_ranks
 
-from .programs import RECIPES, start_ranks
 from .runs import options
 
 

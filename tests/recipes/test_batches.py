@@ -8,7 +8,8 @@ import torch
 from arguments import Args, Sizes
 from batches import GlobalBatchSampler, inputs_and_targets
 
-from .programs import run_ranks
+from tests.programs import run_ranks
+
 from .runs import losses
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from .programs import fabric_run, llama3, python, run_ranks, start
+from tests.programs import fabric_run, llama3, python, run_ranks, start
+
 from .runs import STEPS, losses, options, rows
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from .programs import fabric_run, llama3, python, start, torchrun
+from tests.programs import fabric_run, llama3, python, start, torchrun
+
 from .runs import options
 
 DEADLINE = 15
@@ -19,7 +20,8 @@ FOREVER = ("--max_steps", 100_000, "--log_interval", 1, "--eval_interval", 100_0
 def rank_process(root: psutil.Process, rank: int, launcher: Callable) -> psutil.Process:
     if launcher is python and rank == 0:
         return root
-    return next(each for each in root.children() if each.environ().get("LOCAL_RANK") == str(rank))
+    started = sorted(root.children(), key=lambda each: each.pid)
+    return started[rank - 1 if launcher is python else rank]
 
 
 def wait_until(condition: Callable[[], bool], seconds: float, log: Path) -> None:

@@ -9,7 +9,8 @@ from batches import GlobalBatchSampler
 from data import TextFiles
 from litgpt import GPT, Config
 
-from .programs import finish, python, run, run_ranks, start, torchrun
+from tests.programs import finish, python, run, run_ranks, start, torchrun
+
 from .runs import STEPS, losses, options, rows
 
 COLUMNS = {"step", "loss", "val_loss", "learning_rate", "tokens_per_second", "gradient_norm", "memory"}
@@ -33,16 +34,18 @@ def test_losses_are_those_of_one_device(run_1x1: Path, run_1x2: tuple[Path, str]
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("accumulate", [1, 4])
-@pytest.mark.parametrize("mesh", ["1x1", "1x2", "1x4", "2x1", "2x2"])
+@pytest.mark.parametrize(
+    ("mesh", "accumulate", "workers"),
+    [("1x1", 4, 2), ("1x2", 4, 0), ("1x4", 1, 0), ("2x1", 1, 1), ("2x2", 4, 0)],
+)
 def test_losses_do_not_depend_on_micro_batches_and_workers(
-    folder: Path, run_1x1: Path, mesh: str, accumulate: int
+    folder: Path, run_1x1: Path, mesh: str, accumulate: int, workers: int
 ) -> None:
     """Samples are changed at random in worker processes, or, as in the reference, without them."""
     dp, tp = map(int, mesh.split("x"))
     out_dir = folder / f"{mesh}-{accumulate}"
     more = ["--data_parallel_size", dp, "--tensor_parallel_size", tp, "--micro_batch_size", 8 // dp // accumulate]
-    more += ["--data.num_workers", 0 if accumulate > 1 else 2 if mesh == "1x1" else 1]
+    more += ["--data.num_workers", workers]
     if mesh in ("2x1", "1x4"):
         run(torchrun(2) if mesh == "2x1" else python(), options(out_dir, *more))
     else:

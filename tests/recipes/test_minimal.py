@@ -1,11 +1,11 @@
 """The minimal script, by the commands that it shows."""
 
 import re
-import subprocess
+from pathlib import Path
 
 import pytest
 
-from .programs import BIN, RECIPES, environment, fabric_run
+from tests.programs import RECIPES, fabric_run, finish, python, start
 
 PROGRESS = re.compile(
     r"Initializing distributed: GLOBAL_RANK: \d, MEMBER: \d/\d|-+|distributed_backend=gloo"
@@ -13,19 +13,16 @@ PROGRESS = re.compile(
 )
 
 
-def losses(launcher: list[str]) -> list[float]:
+def losses(launcher: list[str], output: Path) -> list[float]:
     """What it prints, in processes of its own."""
-    command = [str(BIN / launcher[0]), *launcher[1:], str(RECIPES / "minimal.py")]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert [line for line in done.stderr.splitlines() if not PROGRESS.fullmatch(line)] == []
-    lines = [re.fullmatch(r"step (\d+): loss (\d+\.\d+)", line) for line in done.stdout.splitlines()]
-    assert None not in lines, done.stdout
-    assert [int(line[1]) for line in lines if line] == list(range(1, 17))
-    return [float(line[2]) for line in lines if line]
+    lines = finish([start([*launcher, str(RECIPES / "minimal.py")], output)]).splitlines()
+    steps = [step for line in lines if (step := re.fullmatch(r"step (\d+): loss (\d+\.\d+)", line))]
+    assert [line for line in lines if not (line.startswith("step ") or PROGRESS.fullmatch(line))] == []
+    assert [int(step[1]) for step in steps] == list(range(1, 17))
+    return [float(step[2]) for step in steps]
 
 
-def test_losses_fall_and_are_those_of_one_process() -> None:
-    one, two = losses(["python"]), losses(fabric_run(2))
+def test_losses_fall_and_are_those_of_one_process(tmp_path: Path) -> None:
+    one, two = losses(python(), tmp_path / "one"), losses(fabric_run(2), tmp_path / "two")
     assert one[-1] < 0.5 * one[0]
     assert two == pytest.approx(one, abs=1e-4)

@@ -14,7 +14,8 @@ import psutil
 import pytest
 import torch
 
-from .programs import BIN, RECIPES, environment, fabric_run
+from tests.programs import BIN, RECIPES, environment, fabric_run
+
 from .runs import STEPS, losses, options
 from .test_failure import DEADLINE, FOREVER, rank_process, runs, wait_until
 

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.strategy.jobs import Job, Start, free_port
+from tests.programs import free_port, python
+from tests.strategy.jobs import Job, Start
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         port = free_port()
         for rank in map(str, range(size)):
             env = {"RANK": rank, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            job.start(f"{rank}.log", [sys.executable, str(job.script)], **env)
+            job.start(f"{rank}.log", [*python(), str(job.script)], **env)
         return job
 
     yield start

@@ -2,42 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import re
-import socket
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
-from fabric_tp.strategy import connection, failure
+from tests.programs import Program, start
 
 DEADLINE = 15
 """Seconds from the death of a rank until all are gone."""
 
 
-IMPORT = f"""
-import importlib.util, sys
-
-def load(module, file):
-    spec = importlib.util.spec_from_file_location(module, file)
-    sys.modules[module] = importlib.util.module_from_spec(spec)  # without the package, which takes longer to import
-    spec.loader.exec_module(sys.modules[module])
-    return sys.modules[module]
-
-connection = load("fabric_tp.strategy.connection", {connection.__file__!r})
-failure = load("fabric_tp.strategy.failure", {failure.__file__!r})
-"""
-
-
-SCRIPT = f"""
-import os, sys, threading, time
+SCRIPT = """
+import atexit, os, sys, threading, time
 from datetime import timedelta
 import torch
 import torch.distributed as dist
-{IMPORT}
+from fabric_tp.strategy import connection, failure
+
 def forever():
     threading.Event().wait()
 
@@ -51,30 +35,16 @@ os.write(1, b"rank %d met as pid %d\\n" % (rank, os.getpid()))  # a line at once
 """
 
 
-def environment(**more: str) -> dict[str, str]:
-    launchers = ("LT_", "PL_", "SLURM_", "TORCHELASTIC_", "MASTER_", "FABRIC_TP_")
-    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK")
-    env = {name: value for name, value in os.environ.items() if not name.startswith((*launchers, *ranks))}
-    root = Path(__file__).parents[2]
-    paths = os.pathsep.join([str(root), str(root / "tests" / "without_extras")])
-    return {**env, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", **more}
-
-
 class Job:
     """Ranks that run SCRIPT and then a body; what they print goes to files."""
 
     def __init__(self, folder: Path, body: str, size: int) -> None:
-        self.folder, self.size, self.started = folder, size, []
+        self.folder, self.size, self.started = folder, size, list[Program]()
         self.script = folder / "script.py"
         self.script.write_text(SCRIPT + body)
 
-    def start(self, name: str, command: list[str], **env: str) -> subprocess.Popen:
-        with open(self.folder / name, "w") as file:
-            process = subprocess.Popen(
-                command, env=environment(**env), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-            )
-        self.started.append(process)
-        return process
+    def start(self, name: str, command: list[str], **env: str) -> None:
+        self.started.append(start(command, self.folder / name, **env))
 
     def output(self, name: str) -> str:
         return (self.folder / name).read_text()
@@ -105,17 +75,9 @@ class Job:
         return codes
 
     def stop(self) -> None:
-        for process in self.started:
-            for each in [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []:
-                each.kill()
-            if process.poll() is None:
-                process.kill()
+        for program in self.started:
+            if program.poll() is None:
+                program.kill()
 
 
 Start = Callable[..., Job]
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])

@@ -11,7 +11,7 @@ from tests.strategy.jobs import Start
 @pytest.mark.swept(lambda p: p["killed"] == 1)
 @pytest.mark.parametrize("killed", [0, 1])
 def test_forked_processes_neither_hide_a_death_nor_speak_for_the_rank(start: Start, killed: int) -> None:
-    fork = "if os.fork() == 0: sys.exit()\nos.wait()\n"  # says no goodbye
+    fork = "if os.fork() == 0:\n    atexit._run_exitfuncs()\n    os._exit(0)\nos.wait()\n"  # says no goodbye
     fork += "worker = os.fork()\nif worker: print('worker', worker, flush=True)\nforever()"
     job = start(fork)
     ranks = job.wait_for_ranks()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import signal
 import socket
-import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.strategy.jobs import DEADLINE, IMPORT, Job, Start
+from tests.programs import python, torchrun
+from tests.strategy.jobs import DEADLINE, Job, Start
 
 WAYS_TO_HANG = {
     "event": "forever()",
@@ -107,8 +107,7 @@ def test_ctrl_c_in_one_rank_only_ends_the_others(start: Start) -> None:
 
 def test_torchrun(tmp_path: Path) -> None:
     job = Job(tmp_path, "forever()", 2)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(job.script)]
-    job.start("torchrun.log", [sys.executable, *command])
+    job.start("torchrun.log", [*torchrun(2), str(job.script)])
     try:
         ranks = job.wait_for_ranks()
         ranks[1].kill()
@@ -119,21 +118,23 @@ def test_torchrun(tmp_path: Path) -> None:
         job.stop()
 
 
-CHILD = f"""
-import os, subprocess, sys, threading, time
-{IMPORT}
-child = "LOCAL_RANK" in os.environ
-if child and "late" in sys.argv:
-    main = os.getppid()
-    print("rank 1 met as pid", os.getpid(), flush=True)
-    while os.getppid() == main:
-        time.sleep(0.01)
+CHILD = """
+import os, sys, threading, time
+from fabric_tp.strategy import failure
+
 failure.watch_parent()
-if not child:
-    subprocess.Popen([sys.executable, *sys.argv], env={{**os.environ, "LOCAL_RANK": "1"}})
-    print("rank 0 met as pid", os.getpid(), flush=True)
-elif "late" not in sys.argv:
-    print("rank 1 met as pid", os.getpid(), flush=True)
+main, late = os.getpid(), "late" in sys.argv
+if os.fork():
+    print("rank 0 met as pid", main, flush=True)
+else:
+    os.environ["LOCAL_RANK"] = "1"
+    if late:
+        print("rank 1 met as pid", os.getpid(), flush=True)
+    while late and os.getppid() == main:
+        time.sleep(0.01)
+    failure.watch_parent()
+    if not late:
+        print("rank 1 met as pid", os.getpid(), flush=True)
 threading.Event().wait()
 """
 
@@ -142,10 +143,11 @@ threading.Event().wait()
 def test_a_child_ends_with_the_process_that_started_it(tmp_path: Path, when: str) -> None:
     job = Job(tmp_path, "", 2)
     job.script.write_text(CHILD)
-    job.start("all.log", [sys.executable, str(job.script), when])
+    job.start("all.log", [*python(), str(job.script), when])
     ranks = job.wait_for_ranks()
     try:
         ranks[0].kill()
+        assert job.wait() == [-signal.SIGKILL]
         assert psutil.wait_procs(ranks, DEADLINE)[1] == []
         assert f"The main process, pid {ranks[0].pid}, has ended before the ranks met" in job.everything()
     finally:

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ import pytest
 import torch
 
 from fabric_tp.strategy.launching import Launcher, detect, launch, resolve_sizes
-from tests.strategy.jobs import environment, free_port
+from tests import programs
+from tests.programs import environment, fabric_run, finish, free_port, start, torchrun
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2"}
 FABRIC_RUN = {**TORCHRUN, "LT_CLI_USED": "1", "LT_DEVICES": "4", "LT_ACCELERATOR": "cpu"}
@@ -150,40 +150,21 @@ sys.stdout.flush()
 fabric.barrier()
 """
 
-LAUNCHERS = {
-    "python": [sys.executable],
-    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
-    "fabric run": [str(Path(sys.executable).with_name("fabric")), "run", "--accelerator=cpu", "--devices=2"],
-}
+LAUNCHERS = {"python": programs.python, "torchrun": partial(torchrun, 2), "fabric run": partial(fabric_run, 2)}
 
 
 @pytest.mark.swept(lambda p: p["name"] != "torchrun")  # recipes run under python and fabric run as well
 @pytest.mark.parametrize("name", [*LAUNCHERS, "srun"])
 def test_launch(tmp_path: Path, name: str) -> None:
-    script = tmp_path / "script.py"
+    script, output = tmp_path / "script.py", tmp_path / "output"
     script.write_text(SCRIPT)
-    port = free_port()
     if name == "srun":
         slurm = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODEID": "0"}
-        slurm |= {"SLURM_JOB_NAME": "train", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        commands = [([sys.executable], {**slurm, "SLURM_PROCID": rank, "SLURM_LOCALID": rank}) for rank in "01"]
+        slurm |= {"SLURM_JOB_NAME": "train", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        ranks = [{**slurm, "SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in "01"]
+        started = [start([*programs.python(), str(script)], output, **rank) for rank in ranks]
     else:
-        commands = [(LAUNCHERS[name] + (["--main-port", port] if name == "fabric run" else []), {})]
-    jobs = [
-        subprocess.Popen(
-            [*command, str(script)],
-            env=environment(**env),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for command, env in commands
-    ]
-    try:
-        output = "".join(job.communicate(timeout=300)[0] for job in jobs)
-    finally:
-        for job in jobs:
-            job.kill()
-    assert [job.returncode for job in jobs] == [0] * len(jobs), output
-    assert "rank 0 of 2: 3.0\n" in output
-    assert "rank 1 of 2: 3.0\n" in output
+        started = [start([*LAUNCHERS[name](), str(script)], output)]
+    printed = finish(started)
+    assert "rank 0 of 2: 3.0\n" in printed
+    assert "rank 1 of 2: 3.0\n" in printed

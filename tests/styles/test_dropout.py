@@ -93,7 +93,7 @@ def test_micro_batches(pool, one_device, sizes) -> None:
     assert worst(result, one_device(everywhere)) < TOLERANCE
 
 
-@pytest.mark.swept(lambda p: p["kind"] == "none")
+@pytest.mark.sweep
 @pytest.mark.parametrize("kind", ["none", "full"])
 def test_compile(pool, one_device, kind) -> None:
     pool(2)(torch.compiler.reset)

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from functools import partial
 
 import pytest
 
 from fabric_tp.testing import __main__, parity
-from tests.strategy.jobs import environment
+from tests.programs import finish, python, start
 
 
-def test_equal_models_exit_with_0() -> None:
-    command = [sys.executable, "-m", "fabric_tp.testing", "litgpt", "--every", "90"]
-    run = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    *lines, totals = run.stdout.splitlines()
+def test_equal_models_exit_with_0(tmp_path) -> None:
+    command = [*python(), "-m", "fabric_tp.testing", "litgpt", "--every", "90"]
+    *lines, totals = finish([start(command, tmp_path / "output")]).splitlines()
     assert totals == "3 equal, 0 refused, 0 not built, 0 ERROR, 0 DIFFERENT"
     assert len(lines) == 3
     assert all(re.fullmatch(r"\S+ +equal +\d\.\de[-+]\d\d \S.*", line) for line in lines)

@@ -17,8 +17,9 @@ from typing import Any
 import psutil
 
 HERE = Path(__file__).parent
-WITHOUT_EXTRAS = HERE.parent / "without_extras"
-RECIPES = HERE.parents[1] / "recipes"
+TESTS = HERE.parent
+ROOT = TESTS.parent
+RECIPES = ROOT / "recipes"
 BIN = Path(sys.executable).parent
 SECONDS = 600
 
@@ -60,15 +61,15 @@ class Program:
 
 
 def start(command: list[str], output: Path, **more: str) -> Program:
-    """Begin with ``python`` or the name of a console script.
+    """Start a program.
 
     Args:
-        command: The first of it and its arguments.
+        command: ``python`` or the name of a console script, and its arguments.
         output: Where its stdout and stderr are appended.
         more: For its environment.
     """
     output.touch()  # it may be read before the fork has opened it
-    return Program(ask(command=command, output=str(output), environment={**environment(), **more}), output)
+    return Program(ask(command=command, output=str(output), environment=environment(**more)), output)
 
 
 def ask(**request: Any) -> Any:
@@ -87,17 +88,19 @@ def _server() -> subprocess.Popen:
     return subprocess.Popen(command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def environment() -> dict[str, str]:
+def environment(**more: str) -> dict[str, str]:
     """Without what a launcher around the tests may have set, and without GPUs. More threads only help large models."""
-    launchers = ("LT_", "PL_", "SLURM_", "TORCHELASTIC_", "MASTER_")
-    env = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
-    paths = os.pathsep.join([str(HERE), str(WITHOUT_EXTRAS), *filter(None, [env.get("PYTHONPATH")])])
-    return {**env, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": paths}
+    launchers = ("LT_", "PL_", "SLURM_", "TORCHELASTIC_", "MASTER_", "FABRIC_TP_")
+    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK")
+    env = {name: value for name, value in os.environ.items() if not name.startswith((*launchers, *ranks))}
+    paths = [ROOT, TESTS / "without_extras", TESTS / "recipes"]  # the last has a data module for the recipe
+    env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return {**env, "PYTHONPATH": os.pathsep.join(map(str, paths)), **more}
 
 
 def free_port() -> str:
     with socket.socket() as probe:
-        probe.bind(("", 0))
+        probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
 
 
