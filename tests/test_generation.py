@@ -60,6 +60,7 @@ def test_greedy(pool, sizes, sequence_parallel, loss_parallel) -> None:
     assert generated == greedy(prompt())
 
 
+@pytest.mark.swept(lambda p: p["length"] in (2, 8))
 @pytest.mark.parametrize("length", [1, 2, 3, 8, 13])
 def test_prompt_lengths(pool, length) -> None:
     assert pool(4)(generate, (1, 4), prompt(length), {}, temperature=0) == greedy(prompt(length))

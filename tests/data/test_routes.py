@@ -248,6 +248,7 @@ def of_outcome(outcome: str) -> list[str]:
     return [name for name, route in ROUTES.items() if route.outcome == outcome]
 
 
+@pytest.mark.swept(lambda p: p["sizes"] == (1, 2))
 @pytest.mark.parametrize("name", of_outcome("repaired"))
 @pytest.mark.parametrize("sizes", [(1, 2), (2, 2)])
 def test_repaired(pool, path, name, sizes) -> None:

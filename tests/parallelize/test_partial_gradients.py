@@ -89,6 +89,7 @@ def one_backward(sizes: Sizes, name: str) -> None:
     pair.assert_gradients_of([0])
 
 
+@pytest.mark.swept(lambda p: p["sizes"] == (2, 2) and p["name"] == "pythia-14m")
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("name", ["Llama-3-8B", "pythia-14m"])
 def test_one_backward(pool, name, sizes) -> None:
@@ -115,6 +116,7 @@ def synchronised_or_not(sizes: Sizes, synchronise: list[bool]) -> None:
     pair.assert_gradients_of(range(len(synchronise)))
 
 
+@pytest.mark.swept(lambda p: p["sizes"] == (2, 2) and p["synchronise"] != (True, False, True))
 @pytest.mark.parametrize("synchronise", [(False, True), (False, False, True), (True, False, True), (False, True, True)])
 @pytest.mark.parametrize("sizes", SIZES)
 def test_accumulation(pool, sizes, synchronise) -> None:

@@ -86,7 +86,7 @@ def train(name: str, sizes: tuple[int, int], after_step: Callable[[Optimizer], N
     assert_close(parameters, expected, 1e-6 if name in AUTOMATICALLY_FUSED else 0.0)
 
 
-@pytest.mark.swept(lambda p: p["sizes"] == (2, 2) and p["name"] != "AdamW")
+@pytest.mark.swept(lambda p: p["sizes"] != (1, 2) and p["name"] not in ("AdamW", "AdamW fused"))
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_weights_are_those_of_one_device(pool, name, sizes) -> None:

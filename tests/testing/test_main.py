@@ -8,12 +8,13 @@ from functools import partial
 import pytest
 
 from fabric_tp.testing import __main__, parity
-from tests.programs import finish, python, start
 
 
-def test_equal_models_exit_with_0(tmp_path) -> None:
-    command = [*python(), "-m", "fabric_tp.testing", "litgpt", "--every", "90"]
-    *lines, totals = finish([start(command, tmp_path / "output")]).splitlines()
+def test_equal_models_exit_with_0(forked_ranks, capsys) -> None:
+    with pytest.raises(SystemExit) as exit:
+        __main__.main("litgpt", every=90)
+    assert exit.value.code == 0
+    *lines, totals = capsys.readouterr().out.splitlines()
     assert totals == "3 equal, 0 refused, 0 not built, 0 ERROR, 0 DIFFERENT"
     assert len(lines) == 3
     assert all(re.fullmatch(r"\S+ +equal +\d\.\de[-+]\d\d \S.*", line) for line in lines)
