@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -179,6 +180,18 @@ def _is_not_about_context_fn(record: logging.LogRecord) -> bool:
 def is_fake(x: Tensor) -> bool:
     """Whether ``x`` has a shape and no values, as in a step that only counts memory."""
     return x.is_meta or isinstance(x, FakeTensor)
+
+
+@contextmanager
+def silent_fake_tensors() -> Iterator[None]:
+    """Within it an operation that has no form without memory only raises; otherwise it is logged, with a traceback."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def without_memory(cls: type[Subclass], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Subclass:

@@ -10,6 +10,7 @@ from fabric_tp.architectures.architecture import (
     FeedForward,
     Fused,
     HeadCounts,
+    Stacked,
 )
 from fabric_tp.architectures.base_model import BASE_MODEL
 from fabric_tp.architectures.feed_forward import FEED_FORWARD
@@ -62,5 +63,6 @@ __all__ = [
     "FeedForward",
     "Fused",
     "HeadCounts",
+    "Stacked",
     "recognise",
 ]

@@ -100,6 +100,16 @@ class FeedForward:
 
 
 @dataclass(frozen=True)
+class Stacked:
+    """A parameter that all experts have together."""
+
+    dim: int | None
+    """Of its hidden features; None where it is added to the output."""
+    parts: tuple[str, ...] = ()
+    """Parts of equal size that lie one after the other along that dimension, such as gate and up."""
+
+
+@dataclass(frozen=True)
 class Experts:
     """A mixture of experts in place of the MLP."""
 
@@ -107,9 +117,13 @@ class Experts:
     router: str
     """The module that chooses; it sees every token on every rank."""
     experts: str
-    """The ModuleList of experts, MLPs with the layers of ``FeedForward``."""
+    """The ModuleList of experts, MLPs with the layers of ``FeedForward``; or a module with their parameters."""
+    stacked: Callable[[nn.Module], Mapping[str, Stacked]] | None = None
+    """From such a module to what its parameters are."""
     shared: tuple[str, ...] = ()
     """MLPs that every token passes."""
+    whole: tuple[str, ...] = ()
+    """Further modules that see every token on every rank: other names of the router, the gate of a shared expert."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +167,8 @@ class Architecture:
     """Attributes that may hold what a norm of queries or keys adds to the mean square."""
     norm_unit_offset: str = "add_unit_offset"
     """Attribute of such a norm that, if true, makes it multiply with ``1 + weight``."""
+    balances_experts: tuple[str, ...] = ()
+    """Arguments of the forward, and options in the model's ``config``, that add a loss of the routers' outputs."""
     splits_sequence: tuple[str, ...] = ()
     """Arguments of the forward that make it cut the sequence into pieces, of which each rank has only a part."""
     tested: tuple[str, ...] = ()

@@ -77,5 +77,5 @@ def _whole_tensors(model: nn.Module) -> dict[str, list[Tensor]]:
     result: dict[str, list[Tensor]] = {}
     fused = fused_parameters(model)
     for key, tensor in tensors.items():
-        result.setdefault(fused.get(key, key), []).append(tensor)
+        result.setdefault(fused[key].whole if key in fused else key, []).append(tensor)
     return result

@@ -16,6 +16,7 @@ from fabric_tp.architectures.architecture import children, has
 from fabric_tp.parallelize.options import documented
 from fabric_tp.parallelize.parallelize import Derived, ParallelizeByPlan
 from fabric_tp.plan import TransformerOptions, derive_feed_forward_plan, derive_plan, tied_parameters
+from fabric_tp.plan.derive import BALANCE, SPLITS
 
 TORCH_LEAN = "fabric_tp.architectures.lean:TORCH"
 
@@ -51,7 +52,8 @@ class Parallelize(ParallelizeByPlan, TransformerOptions):
             blocks=list(children(model, architecture.blocks).values()),
             ends=[[model.get_submodule(name) for name in names] for names in ends],
             lean=_lean(architecture) if self.lean else (),
-            splits_sequence=architecture.splits_sequence if self.sequence_parallel else (),
+            refused=dict.fromkeys(architecture.balances_experts, BALANCE)
+            | dict.fromkeys(architecture.splits_sequence if self.sequence_parallel else (), SPLITS),
             verify=_verify(self.verify, architecture, model),
         )
 

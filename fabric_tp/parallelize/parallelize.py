@@ -44,8 +44,8 @@ class Derived:
     """What comes before the blocks, and what after them."""
     lean: tuple[str, ...] = ()
     """Import paths of tables of lean modules."""
-    splits_sequence: tuple[str, ...] = ()
-    """Arguments of the forward that would cut a sequence of which each rank has only a part."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Arguments with which the forward would be wrong, and why."""
     verify: Literal["no", "try", "must"] = "no"
     """Whether to run the model before and after; "try": unless nobody knows with which arguments."""
 
@@ -81,8 +81,8 @@ class ParallelizeByPlan(BlockOptions):
         PartialGradients(model, mesh)
         if has_followers(model):
             follow_run(model, device_mesh, shared_seed(device_mesh))
-        if derived.splits_sequence and mesh.size() > 1:
-            refuse_arguments(model, derived.splits_sequence)
+        if derived.refused and mesh.size() > 1:
+            refuse_arguments(model, derived.refused)
         if device_mesh.ndim > 1:
             _torch.flatten(device_mesh)
         return model
@@ -138,19 +138,15 @@ def _verified(model: nn.Module, derived: Derived, mesh: DeviceMesh) -> AbstractC
     return verified(model, derived.blocks, divide, mesh, must=derived.verify == "must")
 
 
-def refuse_arguments(model: nn.Module, names: tuple[str, ...]) -> None:
-    """Let the model's forward refuse these arguments, however they are given."""
+def refuse_arguments(model: nn.Module, refused: Mapping[str, str]) -> None:
+    """Let the model's forward refuse these arguments, however they are given; with the reason."""
     signature = inspect.signature(model.forward)
 
     def refuse(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         given = signature.bind_partial(*args, **kwargs).arguments
-        for name in names:
+        for name, reason in refused.items():
             if given.get(name):
-                raise ValueError(
-                    f"{name}={given[name]} cuts the sequence after each rank has got its part of it, so pieces of"
-                    " different ranks would be put together. Leave it out, and use fused_loss=True for less memory; or"
-                    " sequence_parallel=False."
-                )
+                raise ValueError(f"{name}={given[name]} {reason}")
 
     model.register_forward_pre_hook(refuse, with_kwargs=True)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fabric_tp.architectures import Architecture, Block
-from fabric_tp.architectures.architecture import AdaptedHeads
+from fabric_tp.architectures.architecture import AdaptedHeads, Stacked
 from fabric_tp.autograd.collectives import Layout
 from fabric_tp.plan.dropouts import check_drawn, inner_dropouts, outer_dropouts
 from fabric_tp.plan.inspection import (
@@ -15,13 +15,14 @@ from fabric_tp.plan.inspection import (
     FoundBlock,
     FoundExperts,
     FoundMLP,
+    FoundTransformer,
     FusedLinear,
     Linear,
     QKNorm,
     inspect_feed_forwards,
     inspect_transformer,
 )
-from fabric_tp.plan.modules import join
+from fabric_tp.plan.modules import attribute, join
 from fabric_tp.plan.options import TransformerOptions, layout_of
 from fabric_tp.plan.plan import Plan
 from fabric_tp.styles import (
@@ -45,6 +46,7 @@ from fabric_tp.styles import (
     ScatterInput,
     ShardHeads,
     SharedHeads,
+    StackedExperts,
     Style,
     Unsharded,
     VocabParallelEmbedding,
@@ -54,6 +56,15 @@ Styles = dict[str, Style]
 """By path from the module that is meant."""
 
 COLWISE = Colwise(input_layout=None)
+
+SPLITS = (
+    "cuts the sequence after each rank has got its part of it, so pieces of different ranks would be put together."
+    " Leave it out, and use fused_loss=True for less memory; or sequence_parallel=False."
+)
+BALANCE = (
+    "adds a loss of the routers' outputs. Each rank would compute all of it, and its gradient would count once for each"
+    " rank. Leave it out."
+)
 
 
 def derive_plan(
@@ -69,6 +80,7 @@ def derive_plan(
     layout = layout_of(options)
     if tensor_parallel_size > 1:
         check_drawn(found)
+        _check_balance(architecture, found, model)
     measured = architecture.measures_embedding and options.sequence_parallel
     plan: Plan = {architecture.embedding: VocabParallelEmbedding("replicate" if measured else layout)}
     if measured:
@@ -85,6 +97,12 @@ def derive_plan(
         )
     plan |= _layer(found.head, head, COLWISE)
     return plan | outer_dropouts(architecture, found.dropouts, layout, measured and tensor_parallel_size > 1)
+
+
+def _check_balance(architecture: Architecture, found: FoundTransformer, model: nn.Module) -> None:
+    options = {name: attribute(model, f"config.{name}") for name in architecture.balances_experts}
+    if (given := [name for name, on in options.items() if on]) and any(each.experts for each in found.blocks.values()):
+        raise ValueError(f"config.{given[0]}={options[given[0]]} {BALANCE}")
 
 
 def derive_feed_forward_plan(architecture: Architecture, model: nn.Module, tensor_parallel_size: int) -> Plan:
@@ -171,12 +189,25 @@ class _Deriver:
         described, layout = self.described.experts, layout_of(self.options)
         assert described is not None
         plan: Styles = {"": PrepareInputOutput(layout, layout, regather=False)}
-        plan |= {name: Replicated(partial_gradient=True) for name in found.router}
+        plan |= {name: Replicated(partial_gradient=True) for name in found.whole}
         plan |= {name: Dropout() for name in found.dropouts.rates}  # between the experts all is whole, or a sum of it
-        mlps = {f"{described.experts}.*": found.expert, **found.shared}
+        mlps = dict(found.shared)
+        if found.expert:
+            mlps[f"{described.experts}.*"] = found.expert
+        if found.stacked:
+            plan[described.experts] = _stacked(found.stacked)
         for name, mlp in mlps.items():
             plan |= _under(name, _hidden(mlp, None, self.size))
         return plan
+
+
+def _stacked(found: dict[str, Stacked]) -> StackedExperts:
+    return StackedExperts(
+        {name: each.dim for name, each in found.items() if each.dim is not None},
+        parts=next((each.parts for each in found.values() if each.parts), ()),
+        fused=tuple(name for name, each in found.items() if each.parts),
+        once=tuple(name for name, each in found.items() if each.dim is None),
+    )
 
 
 def _under(path: str, styles: Styles) -> Styles:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from fabric_tp.architectures import Architecture, Attention, Block, Experts, FeedForward, HeadCounts
-from fabric_tp.architectures.architecture import FusedLayout, children, find_feed_forwards, has
+from fabric_tp.architectures.architecture import FusedLayout, Stacked, children, find_feed_forwards, has
 from fabric_tp.plan.modules import ask, attribute, child, existing, has_parameters, holders, join, present
 from fabric_tp.styles.dropout import is_dropout
 
@@ -90,9 +90,11 @@ class FoundAttention:
 
 @dataclass(frozen=True)
 class FoundExperts:
-    router: tuple[str, ...]
-    """Modules with parameters in the router."""
-    expert: FoundMLP
+    whole: tuple[str, ...]
+    """Modules with parameters in the router, and others that see every token."""
+    expert: FoundMLP | None
+    """None where the experts' parameters are stacked."""
+    stacked: dict[str, Stacked]
     shared: dict[str, FoundMLP]
     dropouts: Dropouts
     """Between the experts."""
@@ -174,7 +176,7 @@ class _Inspector:
 
     def block(self, block: Block, module: nn.Module) -> FoundBlock:
         experts = block.experts
-        has_experts = experts is not None and has(module, join(experts.name, experts.router))
+        has_experts = experts is not None and has(module, join(experts.name, experts.experts))
         inner = [block.attention.name, block.feed_forward.name, *([experts.name] if experts else [])]
         return FoundBlock(
             norms=tuple(name for name in block.norms if has_parameters(module, name)),
@@ -223,10 +225,15 @@ class _Inspector:
         return replace(self.mlp(feed_forward, block), dropouts=Dropouts())  # they are the block's
 
     def experts(self, experts: Experts, feed_forward: FeedForward, block: nn.Module) -> FoundExperts:
-        module = block.get_submodule(experts.name)
+        module, each = block.get_submodule(experts.name), child(block, join(experts.name, experts.experts))
+        has_own = next(each.parameters(recurse=False), None) is not None
+        stacked = dict(ask(experts.stacked, each)) if experts.stacked and has_own else {}
         return FoundExperts(
-            router=holders(module, experts.router),
-            expert=self.mlp(feed_forward, child(module, join(experts.experts, "0"))),
+            whole=tuple(
+                path for name in present(module, (experts.router, *experts.whole)) for path in holders(module, name)
+            ),
+            expert=None if stacked else self.mlp(feed_forward, child(each, "0")),
+            stacked=stacked,
             shared={
                 name: self.mlp(feed_forward, module.get_submodule(name)) for name in present(module, experts.shared)
             },

@@ -29,8 +29,8 @@ def repoint(module: nn.Module, optimizer: Optimizer, names: list[list[str]]) -> 
     """Put the module's present parameters in the place of those that had these names."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     parts: dict[str, list[str]] = {}
-    for part, whole in fused_parameters(module).items():
-        parts.setdefault(whole, []).append(part)
+    for part, of in fused_parameters(module).items():
+        parts.setdefault(of.whole, []).append(part)
     for group, old in zip(optimizer.param_groups, names, strict=True):
         new = [part for name in old for part in parts.get(name, [name])]
         missing = [name for name in new if name not in parameters]

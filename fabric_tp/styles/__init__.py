@@ -25,6 +25,7 @@ from fabric_tp.styles.replicated import Replicated
 from fabric_tp.styles.rowwise import Rowwise
 from fabric_tp.styles.scatter_input import ScatterInput
 from fabric_tp.styles.shared_heads import SharedHeads
+from fabric_tp.styles.stacked_experts import StackedExperts
 from fabric_tp.styles.style import Style
 from fabric_tp.styles.unsharded import Unsharded
 from fabric_tp.styles.vocab_parallel_embedding import VocabParallelEmbedding
@@ -51,6 +52,7 @@ __all__ = [
     "ScatterInput",
     "ShardHeads",
     "SharedHeads",
+    "StackedExperts",
     "Style",
     "Unsharded",
     "VocabParallelEmbedding",

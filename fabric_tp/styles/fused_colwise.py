@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,12 @@ from fabric_tp.styles.style import LocalModule, Parallelized, distribute_paramet
 class FusedModule(LocalModule):
     """Holds the parts of some of its parameters as children, which have the name of the part."""
 
-    parallelized: Parallelized[FusedColwise]
+    parallelized: Parallelized[Any]
 
     def fused_names(self) -> list[str]:
         """Names of the parameters that are held in parts, as the unparallelized module has them."""
-        first = next(iter(self.parallelized.style.parts))
-        return [name for name, _ in self.get_submodule(first).named_parameters(recurse=False)]
+        first = next(iter(self.parallelized.style.parts), None)
+        return [] if first is None else [name for name, _ in self.get_submodule(first).named_parameters(recurse=False)]
 
     def part_names(self, name: str) -> list[str]:
         return [f"{part}.{name}" for part in self.parallelized.style.parts]
@@ -32,16 +32,22 @@ class FusedModule(LocalModule):
     def holders(self) -> dict[str, nn.Module]:
         return super().holders() | {f"{part}.": self.get_submodule(part) for part in self.parallelized.style.parts}
 
-    def localize(self, name: str, local: Tensor) -> Tensor:
-        heads = self.parallelized.style.shared.get(name.split(".")[0])
-        return heads.select(local, self.parallelized.group) if heads else local
-
     def local_parts(self, name: str) -> list[Tensor]:
         """What this rank computes with of each part, in the forward."""
         return [getattr(self.get_submodule(part), name) for part in self.parallelized.style.parts]
 
 
-class _FusedLinear(FusedModule):
+class FusedRows(FusedModule):
+    """Of the parts that are keys or values, each rank may compute with other rows than it stores."""
+
+    parallelized: Parallelized[FusedColwise]
+
+    def localize(self, name: str, local: Tensor) -> Tensor:
+        heads = self.parallelized.style.shared.get(name.split(".")[0])
+        return heads.select(local, self.parallelized.group) if heads else local
+
+
+class _FusedLinear(FusedRows):
     """The parts' local rows, put together, make one matrix product."""
 
     def compute(self, x: Tensor) -> Tensor:
@@ -119,6 +125,10 @@ class FusedColwise(Colwise):
     def covers(self, module: nn.Module) -> frozenset[str]:
         return frozenset(self.fused(module))
 
+    def fused_dim(self, name: str) -> int:
+        """Along which the parts of a parameter lie one after the other."""
+        return 0
+
     def part_placement(self, part: str) -> Placement:
         return Replicate() if part in self.shared else Shard(0)
 
@@ -151,10 +161,19 @@ class FusedColwise(Colwise):
             del module._parameters[name]
 
 
-def fused_parameters(model: nn.Module) -> dict[str, str]:
-    """Name of each part of a fused parameter, with the name of the whole; parts in their order."""
+class FusedPart(NamedTuple):
+    """What one parameter is a part of."""
+
+    whole: str
+    """Name of the whole parameter, as the unparallelized model has it."""
+    dim: int
+    """Along which the parts lie one after the other."""
+
+
+def fused_parameters(model: nn.Module) -> dict[str, FusedPart]:
+    """Each part of a fused parameter by its name; parts in their order."""
     return {
-        f"{path}.{part}": f"{path}.{name}"
+        f"{path}.{part}": FusedPart(f"{path}.{name}", module.parallelized.style.fused_dim(name))
         for path, module in model.named_modules()
         if isinstance(module, FusedModule)
         for name in module.fused_names()

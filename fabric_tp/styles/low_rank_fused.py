@@ -9,12 +9,12 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.placement_types import Placement
 
 from fabric_tp.styles.attention_heads import Heads, set_attributes
-from fabric_tp.styles.fused_colwise import FusedColwise, FusedModule
+from fabric_tp.styles.fused_colwise import FusedColwise, FusedRows
 from fabric_tp.styles.low_rank_colwise import DOWN, UP
 from fabric_tp.styles.style import Held, Parallelized, distribute_parameter, own_parameters
 
 
-class _LowRankFused(FusedModule):
+class _LowRankFused(FusedRows):
     """The module's own forward, on rows of B that are put together from their parts."""
 
     def take_local(self) -> Held:

@@ -18,7 +18,7 @@ from fabric_tp.loss import cross_entropy
 from fabric_tp.loss.deferred import DeferredLogits
 from fabric_tp.parallelize.verification import first_tensor
 from fabric_tp.shards import gather_shards
-from fabric_tp.styles.fused_colwise import fused_parameters
+from fabric_tp.styles.fused_colwise import FusedPart, fused_parameters
 from fabric_tp.testing.ranks import Ranks, mesh
 
 TOLERANCE = 2e-5
@@ -224,13 +224,13 @@ def _gradients(reference: nn.Module, model: nn.Module) -> dict[str, float]:
 def _whole(model: nn.Module, of: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
     """Gathered tensors by the names of the unparallelized model."""
     fused = fused_parameters(model)
-    parts: dict[str, list[Tensor]] = {}
+    parts: dict[FusedPart, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if (tensor := of(parameter)) is not None:
             if isinstance(tensor, DTensor) and tensor.placements != parameter.placements:  # type: ignore[attr-defined]
                 raise AssertionError(f"The gradient of {name} is left as {tensor.placements}.")
-            parts.setdefault(fused.get(name, name), []).append(gather_shards(tensor))
-    return {name: torch.cat(tensors) if len(tensors) > 1 else tensors[0] for name, tensors in parts.items()}
+            parts.setdefault(fused.get(name, FusedPart(name, 0)), []).append(gather_shards(tensor))
+    return {of.whole: torch.cat(tensors, of.dim) if len(tensors) > 1 else tensors[0] for of, tensors in parts.items()}
 
 
 def _off(value: Tensor, expected: Tensor, largest: float = 0.0) -> float:

@@ -241,11 +241,11 @@ def partial_parameters(
     """Those of the style, after the gradients of all parameters inside were compared."""
     fused, used, partial = fused_parameters(model), dict[str, int](), []
     for name, parameter in model.named_parameters():
-        whole = fused.get(name, name)
+        whole, dim = fused.get(name, (name, 0))
         expected, start = reference.get_parameter(whole).grad, used.get(whole, 0)
         if name in fused:
-            used[whole] = start + len(parameter)
-            expected = expected[start : used[whole]]
+            used[whole] = start + parameter.shape[dim]
+            expected = expected.narrow(dim, start, parameter.shape[dim])
         (placement,) = parameter.placements
         part = part_of(f"{'-,' * placement.dim}/t", size, None) if isinstance(placement, Shard) else None
         if is_partial(parameter.grad.to_local(), expected, part, size):
@@ -262,7 +262,7 @@ def local_shape(module: nn.Module, name: str) -> tuple[int, ...]:
     """Of a parameter, on this rank; if it is held in parts, of these together."""
     fused = isinstance(module, FusedModule) and name in module.fused_names()
     parts = [module.get_parameter(each).to_local() for each in (module.part_names(name) if fused else [name])]
-    return tuple(torch.cat(parts).shape)
+    return tuple(torch.cat(parts, module.parallelized.style.fused_dim(name) if fused else 0).shape)
 
 
 def seen_inside(module: nn.Module) -> tuple[int, ...]:

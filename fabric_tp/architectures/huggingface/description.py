@@ -5,7 +5,16 @@ from typing import Any
 
 from torch import nn
 
-from fabric_tp.architectures.architecture import Architecture, Attention, Block, FeedForward, Fused, HeadCounts
+from fabric_tp.architectures.architecture import (
+    Architecture,
+    Attention,
+    Block,
+    Experts,
+    FeedForward,
+    Fused,
+    HeadCounts,
+    Stacked,
+)
 
 
 def _counts(attention: nn.Module) -> HeadCounts:
@@ -28,6 +37,22 @@ def _qkv(attention: nn.Module) -> Mapping[str, int]:
 def _gate_and_up(feed_forward: nn.Module) -> Mapping[str, int]:
     module: Any = feed_forward
     return dict.fromkeys(("gate", "up"), module.gate_up_proj.out_features // 2)
+
+
+def _stacked(experts: nn.Module) -> Mapping[str, Stacked]:
+    """Parameters of the shapes (experts, outputs, inputs), or the other way round."""
+    module: Any = experts
+    outputs, inputs = (2, 1) if getattr(module, "is_transposed", False) else (1, 2)
+    consecutive = module._apply_gate.__name__ == "_default_apply_gate"
+    known = {
+        "gate_up_proj": Stacked(outputs, ("gate", "up") if consecutive else ()),  # GPT-OSS: each gate beside its up
+        "gate_up_proj_bias": Stacked(1, ("gate", "up") if consecutive else ()),
+        "up_proj": Stacked(outputs),
+        "up_proj_bias": Stacked(1),
+        "down_proj": Stacked(inputs),
+        "down_proj_bias": Stacked(None),
+    }
+    return {name: known[name] for name in dict(experts.named_parameters(recurse=False)) if name in known}
 
 
 BLOCK = Block(
@@ -63,6 +88,15 @@ BLOCK = Block(
         fused={"gate_up_proj": Fused(_gate_and_up, "consecutive")},
         outputs=("down_proj", "fc2", "c_proj", "fc_out", "dense_4h_to_h"),
     ),
+    experts=Experts(
+        name="mlp",
+        router="gate",
+        experts="experts",
+        stacked=_stacked,
+        shared=("shared_expert", "shared_experts", "shared_mlp"),
+        whole=("router", "shared_expert_gate"),
+    ),
+    dropout_rates=("mlp.jitter_noise", "mlp.input_jitter_noise", "mlp.router_jitter_noise"),
 )
 
 HUGGINGFACE = Architecture(
@@ -74,6 +108,7 @@ HUGGINGFACE = Architecture(
     norm="model.norm",
     head="lm_head",
     measures_embedding=True,
+    balances_experts=("output_router_logits",),
     tested=tuple(
         f"transformers.models.{family.lower()}.modeling_{family.lower()}.{family}ForCausalLM"
         for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Gemma2", "Gemma3", "Olmo2")
