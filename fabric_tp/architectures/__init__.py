@@ -15,7 +15,7 @@ from fabric_tp.architectures.architecture import (
 from fabric_tp.architectures.base_model import BASE_MODEL
 from fabric_tp.architectures.feed_forward import FEED_FORWARD
 from fabric_tp.architectures.gpt_neox import GPT_NEOX
-from fabric_tp.architectures.huggingface import BIOGPT, HUGGINGFACE, PHI, XGLM
+from fabric_tp.architectures.huggingface import BIOGPT, HUGGINGFACE, LLAMA4, PHI, XGLM
 from fabric_tp.architectures.litgpt import LITGPT
 from fabric_tp.architectures.llama import LLAMA
 
@@ -23,6 +23,7 @@ KNOWN = (
     LITGPT,
     LLAMA,
     HUGGINGFACE,
+    LLAMA4,
     PHI,
     GPT_NEOX,
     XGLM,

@@ -83,6 +83,8 @@ class Attention:
     head_features: tuple[str, ...] = ()
     """Attributes that hold the number of features of all query heads together, with which the forward reshapes
     attention's result (``"hidden_size"``); where the model's width is another number, they mean that and stay."""
+    per_query_head: tuple[str, ...] = ()
+    """Its own parameters that have a number for each query head, such as attention sinks."""
     dropout_rates: tuple[str, ...] = ()
     """Attributes that hold the rate of dropout inside the attention's kernel."""
 
@@ -97,6 +99,8 @@ class FeedForward:
     outputs: tuple[str, ...]
     fused: Mapping[str, Fused] = field(default_factory=dict)
     """Linear layers to several things of the hidden width."""
+    whole: tuple[str, ...] = ()
+    """Modules whose parameters all hidden features share, such as an activation with a learned slope."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +198,7 @@ class Architecture:
             and bool(blocks)
             and any(has(blocks[0], f"{attention.name}.{name}") for name in inputs)
             and any(has(blocks[0], f"{attention.name}.{name}") for name in attention.outputs)
+            and (not self.block.feed_forward.name or has(blocks[0], self.block.feed_forward.name))
         )
 
 

@@ -6,10 +6,8 @@ now divided among the ranks fails there. Then, where there are weights, on a sma
 
 from __future__ import annotations
 
-import copy
 import traceback
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,6 +27,8 @@ from fabric_tp._torch import FakeTensor
 from fabric_tp.loss.deferred import DeferredLogits
 from fabric_tp.mesh import TENSOR_PARALLEL, device_of, fake_mesh, fake_tensors
 from fabric_tp.parallelize.arguments import needed_arguments, sample_arguments
+from fabric_tp.parallelize.draws import Draw, Draws, Place, check_draws
+from fabric_tp.parallelize.excerpt import in_mode, on_device, one_of_each_kind, with_only, without_memory
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 """Of the largest value. Sums in another order stay far below, and a wrong split comes out far above."""
@@ -54,6 +54,8 @@ class Expected:
     """One of each kind, as they were; all that ran."""
     outputs: dict[str, Tensor]
     """By the names of modules, in the order in which they ran; the model's own last, as ``""``."""
+    draws: list[Draw]
+    """What is drawn in training."""
 
 
 @contextmanager
@@ -118,11 +120,17 @@ def verify_shapes(
     names = [name for name, module in model.named_modules() if any(module is block for block in blocks)]
     with fake_tensors(), _torch.silent_fake_tensors():
         device = torch.device(mesh.device_type)
-        fake = _without_memory(model, device)
-        blocks = [fake.get_submodule(name) for name in names]
-        expected = expect(fake, blocks, mesh.size(), device)
-        divide(fake)
-        compare(fake, expected, mesh)
+        for dtype in (None, torch.bfloat16):  # in which alone grouped matrix products have a form without memory
+            fake = without_memory(model, device, dtype)
+            fake_blocks = [fake.get_submodule(name) for name in names]
+            try:
+                expected = expect(fake, fake_blocks, mesh.size(), device)
+            except CannotRun:
+                if dtype:
+                    raise
+                continue
+            divide(fake)
+            return compare(fake, expected, mesh)
 
 
 def expect(model: nn.Module, blocks: Sequence[nn.Module], size: int, device: torch.device) -> Expected:
@@ -131,11 +139,12 @@ def expect(model: nn.Module, blocks: Sequence[nn.Module], size: int, device: tor
     Raises:
         CannotRun: It runs with none of the arguments that were tried.
     """
-    chosen, errors = _one_of_each_kind(blocks), []
+    chosen, errors = one_of_each_kind(blocks), []
     for arguments in sample_arguments(model, size, device):
         try:
-            with _with_only(chosen, model), _on(device, model):
-                return Expected(arguments, chosen, _run(model, chosen, arguments))
+            with with_only(chosen, model), on_device(device, model):
+                outputs = _run(model, chosen, arguments)
+                return Expected(arguments, chosen, outputs, _draws(model, chosen, arguments, device))
         except Exception as error:
             errors.append(f"{type(error).__name__}: {error}".splitlines()[0])
     needed = ", ".join(needed_arguments(model))
@@ -148,14 +157,15 @@ def compare(model: nn.Module, expected: Expected, mesh: DeviceMesh) -> None:
     Raises:
         ValueError: It fails, or gives something else.
     """
-    at: list[tuple[str, nn.Module]] = []
+    check_draws(expected.draws)
+    at: Place = []
     try:
-        with _with_only(expected.blocks, model):
+        with with_only(expected.blocks, model):
             outputs = _run(model, expected.blocks, expected.arguments, at)
     except Exception as error:
         name, module = at[-1] if at else ("", model)
         raise ValueError(
-            f"{name or 'The model'} ({_class_name(module)}) cannot run on one of {mesh.size()} ranks:"
+            f"{name or 'The model'} ({class_name(module)}) cannot run on one of {mesh.size()} ranks:"
             f" {str(error).splitlines()[0]}{_line(error)}. Does it use a number that counts what is now divided, such"
             f" as the heads or their features? {HINT}"
         ) from error
@@ -177,7 +187,8 @@ def _run(
     model: nn.Module,
     chosen: list[nn.Module],
     arguments: dict[str, Any],
-    at: list[tuple[str, nn.Module]] | None = None,
+    at: Place | None = None,
+    training: bool = False,
 ) -> dict[str, Tensor]:
     """Outputs of the chosen modules and of the model. On an error ``at`` ends with the module that it happened in."""
     outputs: dict[str, Tensor] = {}
@@ -192,7 +203,7 @@ def _run(
         if module in chosen:
             outputs.setdefault(names[module], first_tensor(output))
 
-    with _evaluation(model), torch.no_grad():
+    with in_mode(model, training), torch.no_grad():
         hooks = [module.register_forward_pre_hook(enter, prepend=True) for module in model.modules()]
         hooks += [module.register_forward_hook(leave) for module in model.modules()]
         try:
@@ -203,59 +214,12 @@ def _run(
     return {**outputs, "": first_tensor(output)}
 
 
-def _one_of_each_kind(blocks: Sequence[nn.Module]) -> list[nn.Module]:
-    kinds: dict[object, nn.Module] = {}
-    for block in blocks:
-        kinds.setdefault(tuple((name, type(module)) for name, module in block.named_modules()), block)
-    return list(kinds.values())
-
-
-@contextmanager
-def _with_only(chosen: list[nn.Module], model: nn.Module) -> Iterator[None]:
-    """Within it these are all the blocks that the model has."""
-    (container,) = (module for module in model.modules() if chosen[0] in module._modules.values())
-    held = container._modules
-    kept = [(name, module) for name, module in held.items() if module in chosen]
-    numbered = isinstance(container, (nn.ModuleList, nn.Sequential))
-    container._modules = OrderedDict((str(i) if numbered else name, block) for i, (name, block) in enumerate(kept))  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        container._modules = held
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def _on(device: torch.device, model: nn.Module) -> Iterator[None]:
-    """Within it the parameters are on this device, as the buffers are."""
-    away = [(parameter, parameter.data) for parameter in model.parameters() if parameter.device != device]
-    for parameter, data in away:
-        parameter.data = data.to(device)
-    try:
-        yield
-    finally:
-        for parameter, data in away:
-            parameter.data = data
-
-
-def _without_memory(model: nn.Module, device: torch.device) -> nn.Module:
-    tensors = [*model.parameters(), *model.buffers()]
-    memo: dict[int, Any] = {}
-    for tensor in tensors:
-        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-        is_parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
-    return copy.deepcopy(model, memo)
+def _draws(model: nn.Module, chosen: list[nn.Module], arguments: dict[str, Any], device: torch.device) -> list[Draw]:
+    at: Place = []
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), Draws(at) as draws, suppress(Exception):  # training may need other arguments
+        _run(model, chosen, arguments, at, training=True)
+    return draws.found
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -282,7 +246,7 @@ def _off(output: Any, whole: Tensor, mesh: DeviceMesh) -> float:
     return float((output - whole).abs().max() / whole.abs().max().clamp(min=torch.finfo(whole.dtype).tiny))
 
 
-def _class_name(module: nn.Module) -> str:
+def class_name(module: nn.Module) -> str:
     """Without what dividing it has added."""
     return type(module).__name__.rpartition("[")[2].rstrip("]")
 

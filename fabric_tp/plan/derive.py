@@ -166,6 +166,7 @@ class _Deriver:
                 key_value_counts=found.key_value_counts,
                 group_sizes=found.group_sizes,
                 head_features=found.head_features,
+                per_query_head=found.per_query_head,
                 regather=self.options.regather,
             )
         }
@@ -260,6 +261,7 @@ def _hidden(found: FoundMLP, output_layout: Layout | None, size: int, colwise: C
     plan = _colwise(found.inputs, colwise)
     plan |= {fused.name: FusedColwise(fused.parts, None) for fused in found.fused}
     plan |= _rowwise(found.outputs, output_layout)
+    plan |= {name: Replicated(partial_gradient=True) for name in found.whole}
     return plan | inner_dropouts(found, found.inputs, output_layout, size)
 
 

@@ -61,6 +61,8 @@ class FoundMLP:
     inputs: tuple[Linear, ...]
     fused: tuple[FusedLinear, ...]
     outputs: tuple[Linear, ...]
+    whole: tuple[str, ...]
+    """Modules with parameters that all hidden features share."""
     dropouts: Dropouts
     class_name: str
 
@@ -82,6 +84,7 @@ class FoundAttention:
     key_value_counts: tuple[str, ...]
     group_sizes: tuple[str, ...]
     head_features: tuple[str, ...]
+    per_query_head: tuple[str, ...]
     draws: bool
     """Its kernel has dropout inside."""
     dropouts: Dropouts
@@ -205,6 +208,7 @@ class _Inspector:
             key_value_counts=existing(module, attention.key_value_counts),
             group_sizes=existing(module, attention.group_sizes),
             head_features=tuple(path for path in attention.head_features if attribute(module, path) == features),
+            per_query_head=tuple(name for name in attention.per_query_head if module._parameters.get(name) is not None),
             draws=bool(_positive(module, attention.dropout_rates)),
             dropouts=self.dropouts(module),
             class_name=type(module).__name__,
@@ -215,6 +219,7 @@ class _Inspector:
             inputs=self.linears(module, feed_forward.inputs),
             fused=tuple(self.fused(feed_forward, module, name) for name in present(module, feed_forward.fused)),
             outputs=self.linears(module, feed_forward.outputs),
+            whole=tuple(path for name in present(module, feed_forward.whole) for path in holders(module, name)),
             dropouts=self.dropouts(module),
             class_name=type(module).__name__,
         )

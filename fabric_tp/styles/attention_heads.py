@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.placement_types import Placement
 
 from fabric_tp.autograd.collectives import Group, Layout
 from fabric_tp.styles.prepare_input import PrepareInput
@@ -79,6 +81,7 @@ class ShardHeads(PrepareInput):
         key_value_counts: The attributes that count key and value heads.
         group_sizes: The attributes that count query heads to each key and value head.
         head_features: The attributes that count the features of all query heads.
+        per_query_head: Parameters of the module itself that have a number for each query head.
         regather: As in :class:`Colwise`.
 
     ===============  ===========  =========  ==========  ==========================  ==========
@@ -110,12 +113,16 @@ class ShardHeads(PrepareInput):
         key_value_counts: Sequence[str] = (),
         group_sizes: Sequence[str] = (),
         head_features: Sequence[str] = (),
+        per_query_head: Sequence[str] = (),
         regather: bool = True,
     ) -> None:
         super().__init__(input_layout, regather=regather)
         self.heads = heads
         self.query_counts, self.key_value_counts, self.group_sizes = query_counts, key_value_counts, group_sizes
-        self.head_features = head_features
+        self.head_features, self.per_query_head = head_features, per_query_head
+
+    def placements(self, module: nn.Module) -> Mapping[str, Placement]:
+        return {name: Shard(0) for name in self.per_query_head}
 
     def divided(self, module: nn.Module) -> Mapping[str, int]:
         return {HEADS: self.heads.query}

@@ -5,11 +5,23 @@ from typing import Any
 from fabric_tp.autograd.collectives import Layout
 from fabric_tp.styles.layout import join, leave_sharded, leaving
 from fabric_tp.styles.prepare_input import PrepareInput
-from fabric_tp.styles.style import Parallelized
+from fabric_tp.styles.style import LocalModule, Parallelized
+
+
+class _Summed(LocalModule):
+    def compute(self, *args: Any, **kwargs: Any) -> Any:
+        y = super().compute(*args, **kwargs)
+        first = y[0] if isinstance(y, tuple) else y
+        if args and first.dim() == 2 < args[0].dim():  # all tokens in a row, of which each rank is to get its part
+            first = first.view(*args[0].shape[:-1], -1)
+        return (first, *y[1:]) if isinstance(y, tuple) else first
 
 
 class PrepareInputOutput(PrepareInput):
     """A module that makes partial sums of its output in several places: the input as above, the output summed once.
+
+    Of a tuple only the first is such a sum; the rest, such as a router's scores, is the same on every rank. An output
+    of all tokens in a row, (b * s, h), leaves as below.
 
     Args:
         input_layout: As in :class:`PrepareInput`.
@@ -36,6 +48,8 @@ class PrepareInputOutput(PrepareInput):
         }
     """
 
+    module_class = _Summed
+
     def __init__(
         self,
         input_layout: Layout | None = "replicate",
@@ -47,6 +61,8 @@ class PrepareInputOutput(PrepareInput):
         self.output_layout = output_layout
 
     def leave(self, this: Parallelized, y: Any) -> Any:
+        if isinstance(y, tuple):
+            return (self.leave(this, y[0]), *y[1:])
         return leave_sharded(this, y, self.output_layout)
 
     def collectives(self) -> tuple[str, str]:

@@ -50,13 +50,13 @@ class StackedExperts(Style):
         fused: Parameters that consist of such parts.
         once: Parameters that are added to the output: by the first rank only.
 
-    With e experts:
+    With e experts, f hidden features in each and two parts:
 
-    =========  =============================================  ======  =======  ========  ===========
-    x          weight                                         y       forward  backward  gradient
-    =========  =============================================  ======  =======  ========  ===========
-    (n, h)     gate_up_proj (e, f/t, h), down_proj (e, h, f/t)  (n, h)                     partial: x
-    =========  =============================================  ======  =======  ========  ===========
+    =========  =================  =============  =================  =======  ========  ===========
+    x          gate_up_proj       down_proj      y                  forward  backward  gradient
+    =========  =================  =============  =================  =======  ========  ===========
+    (b, s, h)  (e, 2 * f/t, h)    (e, h, f/t)    (b, s, h) partial                     partial: x
+    =========  =================  =============  =================  =======  ========  ===========
 
     Raises:
         ValueError: The module lacks a parameter; the number of ranks does not divide one of the dimensions.

@@ -45,7 +45,7 @@ def main(
     Args:
         models: "litgpt": each of its configs. "lora": litgpt.lora.GPT, one config of each structure, with every layer
             adapted and with queries and values only. "huggingface": each type of causal language model that the
-            installed Transformers knows.
+            installed Transformers knows. Those that are not built, or do not run, small are not compared.
         tensor_parallel_size: Ranks that share the model.
         data_parallel_size: Ranks that share the batch.
         sequence_parallel: As in fabric_tp.auto.
@@ -81,8 +81,11 @@ def _builders(models: Models) -> dict[str, BuildModel]:
 def _verdict(
     build: BuildModel, parallelize_fn: Parallelize, ranks: Ranks, sizes: tuple[int, int], steps: int
 ) -> tuple[str, str]:
+    tokens = torch.randint(VOCABULARY, (2 * sizes[0], LENGTH), generator=torch.Generator().manual_seed(0))
     try:
         model = build()
+        with torch.no_grad():
+            model(tokens)
     except Exception as error:
         return "not built", _first_line(error)
     try:
@@ -91,7 +94,6 @@ def _verdict(
         return "refused", str(error)
     except Exception as error:
         return "ERROR", _first_line(error)
-    tokens = torch.randint(VOCABULARY, (2 * sizes[0], LENGTH), generator=torch.Generator().manual_seed(0))
     try:
         report = Report(ranks(compare, build, parallelize_fn, tokens, next_token_loss, sizes, steps))
     except AssertionError as error:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
+import torch
 
 import fabric_tp
 from fabric_tp.architectures import recognise
+from fabric_tp.testing.ranks import mesh
 from fabric_tp.testing.small import causal_types, small_causal
 from tests.parity import assert_equal
 
@@ -18,6 +20,11 @@ TYPES = {
     "glm4": "huggingface",
     "xglm": "xglm",
     "biogpt": "biogpt",
+    "qwen2_moe": "huggingface",  # a shared expert with a gate of its own
+    "gpt_oss": "huggingface",  # each gate beside its up, biases, attention sinks
+    "deepseek_v3": "huggingface",  # latent attention
+    "llama4_text": "llama4",
+    "apertus": "huggingface",  # an activation with learned numbers
 }
 
 
@@ -44,9 +51,26 @@ def test_dropout_without_a_module_is_refused(model_type, rate) -> None:
         fabric_tp.auto().check(small_causal(model_type, **{named: 0.1}), tensor_parallel_size=2)
 
 
+def test_a_loss_of_the_routers_outputs_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"config\.output_router_logits=True adds a loss of the routers' outputs\."):
+        fabric_tp.auto().check(small_causal("qwen2_moe", output_router_logits=True), tensor_parallel_size=2)
+    fabric_tp.auto().check(small_causal("qwen2_moe", output_router_logits=True), tensor_parallel_size=1)
+
+
+def ask_for_router_logits() -> None:
+    model = fabric_tp.auto(verify=False)(small_causal("olmoe"), mesh(1, 2))
+    with pytest.raises(ValueError, match=r"output_router_logits=True adds a loss of the routers' outputs\."):
+        model(torch.zeros(1, 4, dtype=torch.int64), output_router_logits=True)
+
+
+def test_router_logits_in_a_call_are_refused(pool) -> None:
+    pool(2)(ask_for_router_logits)
+
+
 REFUSED = {
-    "granitemoe": r"model\.layers\.0: A GraniteMoeDecoderLayer has no 'mlp'; it has",
-    "llama4_text": r"model\.layers\.0: A Llama4TextDecoderLayer has no 'mlp'; it has",
+    "granitemoe": r"The architecture of this GraniteMoeForCausalLM is not known",
+    "phimoe": r"model\.layers\.0\.mlp\.router draws random numbers in its forward .* each rank would draw others",
+    "deepseek_v2": r"model\.layers\.1\.mlp .* cannot run on one of 2 ranks: .* self\.gate\.weight",
     "minimax": r"model\.layers\.1: .* a MiniMaxLightningAttention has cannot be told: It has no",
     "mamba": "The architecture of this MambaForCausalLM is not known",
 }
@@ -57,4 +81,4 @@ def test_what_is_not_covered_is_refused_by_name(model_type) -> None:
     assert model_type in causal_types()
     with pytest.raises(ValueError, match=REFUSED[model_type]) as refused:
         fabric_tp.auto().check(small_causal(model_type), tensor_parallel_size=2)
-    assert "from_plan" in str(refused.value)
+    assert model_type == "phimoe" or "from_plan" in str(refused.value)

@@ -67,11 +67,6 @@ def test_is_recognised(name) -> None:
     assert recognise(small_transformers(name)).name == expected
 
 
-def test_refuses_experts_in_one_parameter() -> None:
-    with pytest.raises(ValueError, match=r"mlp\.experts\.down_proj.*a parameter of 3 dimensions, such as all experts"):
-        fabric_tp.auto().check(small_transformers("Mixtral"), tensor_parallel_size=2)
-
-
 def test_transformers_is_not_installed(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match=r"pip install fabric_tp\[hf\]"):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import Tensor, nn
+from torch.distributed.tensor.parallel import parallelize_module
 
-from fabric_tp.styles import Colwise, PrepareInputOutput, Rowwise
+from fabric_tp.styles import Colwise, Layout, PrepareInputOutput, Rowwise
+from fabric_tp.testing.ranks import mesh
+from fabric_tp.testing.small import randomize
 from tests.styles.modules import linear
-from tests.styles.table import Example, check, name_of, rows
+from tests.styles.table import SIZES, Example, check, name_of, rows
 
 
 class Sum(nn.Module):
@@ -23,6 +27,15 @@ class Sum(nn.Module):
         return self.down[0](self.up[0](hidden)) + self.down[1](self.up[1](hidden))
 
 
+class Flat(Sum):
+    """The same of all tokens in a row, and something beside it."""
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, str]:  # type: ignore[override]
+        self.seen = tuple(hidden.shape)
+        x = hidden.flatten(0, 1)
+        return self.down[0](self.up[0](x)) + self.down[1](self.up[1](x)), "beside it"
+
+
 EXAMPLE = Example(
     PrepareInputOutput,
     Sum,
@@ -33,3 +46,20 @@ EXAMPLE = Example(
 @pytest.mark.parametrize("row", rows(PrepareInputOutput), ids=name_of)
 def test_table(pool, row) -> None:
     pool(2)(check, EXAMPLE, row)
+
+
+def both(layout: Layout) -> bool:
+    """Whether the rows, in a row and not, are the same."""
+    models = [randomize(each()) for each in (Sum, Flat)]
+    for model in models:
+        parallelize_module(
+            model, mesh(1, 2)["tensor_parallel"], {"": PrepareInputOutput(layout, layout), **EXAMPLE.inner}
+        )
+    x = torch.randn(4, 6, SIZES["h"], generator=torch.Generator().manual_seed(0))
+    expected, (flat, beside) = (model(x) for model in models)
+    return beside == "beside it" and torch.equal(flat, expected)
+
+
+@pytest.mark.parametrize("layout", ["sequence", "replicate"])
+def test_all_tokens_in_a_row(pool, layout) -> None:
+    assert pool(2)(both, layout)

@@ -1,7 +1,8 @@
 """Transformers: the descriptions of its causal language models, and, beside them, all else that knows them."""
 
 from fabric_tp.architectures.huggingface.description import BLOCK, HUGGINGFACE
+from fabric_tp.architectures.huggingface.llama4 import LLAMA4
 from fabric_tp.architectures.huggingface.phi import PHI
 from fabric_tp.architectures.huggingface.xglm import BIOGPT, XGLM
 
-__all__ = ["BIOGPT", "BLOCK", "HUGGINGFACE", "PHI", "XGLM"]
+__all__ = ["BIOGPT", "BLOCK", "HUGGINGFACE", "LLAMA4", "PHI", "XGLM"]

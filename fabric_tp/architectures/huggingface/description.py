@@ -19,6 +19,8 @@ from fabric_tp.architectures.architecture import (
 
 def _counts(attention: nn.Module) -> HeadCounts:
     module: Any = attention
+    if hasattr(module, "kv_b_proj"):
+        return HeadCounts(module.num_heads, module.num_heads, module.qk_head_dim)
     size: int = module.head_dim
     if hasattr(module, "qkv_proj"):
         return HeadCounts(module.config.num_attention_heads, module.config.num_key_value_heads, size)
@@ -42,8 +44,12 @@ def _gate_and_up(feed_forward: nn.Module) -> Mapping[str, int]:
 def _stacked(experts: nn.Module) -> Mapping[str, Stacked]:
     """Parameters of the shapes (experts, outputs, inputs), or the other way round."""
     module: Any = experts
-    outputs, inputs = (2, 1) if getattr(module, "is_transposed", False) else (1, 2)
-    consecutive = module._apply_gate.__name__ == "_default_apply_gate"
+    transposed = getattr(module, "is_transposed", False)
+    if hasattr(module, "gate_up_proj"):
+        transposed = module.gate_up_proj.shape[2] == 2 * module.down_proj.shape[1]
+    outputs, inputs = (2, 1) if transposed else (1, 2)
+    apply_gate = getattr(module, "_apply_gate", None)
+    consecutive = apply_gate is None or apply_gate.__name__ == "_default_apply_gate"
     known = {
         "gate_up_proj": Stacked(outputs, ("gate", "up") if consecutive else ()),  # GPT-OSS: each gate beside its up
         "gate_up_proj_bias": Stacked(1, ("gate", "up") if consecutive else ()),
@@ -55,6 +61,15 @@ def _stacked(experts: nn.Module) -> Mapping[str, Stacked]:
     return {name: known[name] for name in dict(experts.named_parameters(recurse=False)) if name in known}
 
 
+EXPERTS = Experts(
+    name="mlp",
+    router="gate",
+    experts="experts",
+    stacked=_stacked,
+    shared=("shared_expert", "shared_experts", "shared_mlp"),
+    whole=("router", "shared_expert_gate"),
+)
+
 BLOCK = Block(
     norms=(
         "input_layernorm",
@@ -63,12 +78,15 @@ BLOCK = Block(
         "post_feedforward_layernorm",
         "post_self_attn_layernorm",  # GLM-4
         "post_mlp_layernorm",
+        "attention_layernorm",  # Apertus
+        "feedforward_layernorm",
     ),
     attention=Attention(
         name="self_attn",
         counts=_counts,
-        queries=("q_proj",),
-        keys_values=("k_proj", "v_proj"),
+        queries=("q_proj", "q_b_proj"),
+        keys_values=("k_proj", "v_proj", "kv_b_proj"),
+        whole=("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm"),
         fused={
             "qkv_proj": Fused(_qkv, "consecutive"),
             "query_key_value": Fused(_qkv, "by_group"),
@@ -80,6 +98,7 @@ BLOCK = Block(
         key_value_counts=("num_key_value_heads", "config.num_key_value_heads"),
         group_sizes=("num_key_value_groups",),
         head_features=("hidden_size", "embed_dim"),
+        per_query_head=("sinks",),
         dropout_rates=("attention_dropout", "dropout"),
     ),
     feed_forward=FeedForward(
@@ -87,15 +106,9 @@ BLOCK = Block(
         inputs=("gate_proj", "up_proj", "fc1", "c_fc", "fc_in", "dense_h_to_4h"),
         fused={"gate_up_proj": Fused(_gate_and_up, "consecutive")},
         outputs=("down_proj", "fc2", "c_proj", "fc_out", "dense_4h_to_h"),
+        whole=("act_fn",),
     ),
-    experts=Experts(
-        name="mlp",
-        router="gate",
-        experts="experts",
-        stacked=_stacked,
-        shared=("shared_expert", "shared_experts", "shared_mlp"),
-        whole=("router", "shared_expert_gate"),
-    ),
+    experts=EXPERTS,
     dropout_rates=("mlp.jitter_noise", "mlp.input_jitter_noise", "mlp.router_jitter_noise"),
 )
 

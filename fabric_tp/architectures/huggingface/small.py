@@ -51,7 +51,7 @@ SIZES: dict[str, Any] = {
 }
 """Small sizes by the names that configs of Transformers have for them."""
 
-UNSET = ("num_key_value_heads", "pad_token_id", "sliding_window", "use_cache")
+UNSET = ("num_key_value_heads", "num_experts_per_tok", "pad_token_id", "sliding_window", "use_cache")
 """Those that are given even where a config has None; other sizes then follow from the rest."""
 
 
@@ -96,6 +96,8 @@ def _small_config(config_class: type, overrides: dict[str, Any]) -> Any:
     default = config_class()
     known = {name: value for name, value in SIZES.items() if hasattr(default, name)}
     sizes = {name: value for name, value in known.items() if getattr(default, name) is not None or name in UNSET}
+    if "kv_lora_rank" in sizes:  # each query head has keys and values of its own
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     if (inner := getattr(default, "text_config", None)) is not None:
         sizes["text_config"] = _small_config(type(inner), {}).to_dict()
     return config_class(**{**sizes, **overrides})
