@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fabric_tp._torch import TorchDispatchMode
 from fabric_tp.styles.random_module import Follower
@@ -23,6 +23,9 @@ class Draw(NamedTuple):
 class Draws(TorchDispatchMode):
     """Within it operations that draw random numbers are recorded.
 
+    Not those of a single number: it decides whether a whole layer is dropped, and is drawn even where none ever is.
+    Their rates are in the description of an architecture, ``dropout_rates``.
+
     Args:
         at: Where the forward is; whoever calls it keeps this up to date.
     """
@@ -34,9 +37,11 @@ class Draws(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded in func.tags and _rate(func, args, kwargs) != 0:
-            self.found.append(Draw(list(self.at), func.name().partition("::")[2]))
-        return func(*args, **kwargs)
+        drawn = func(*args, **kwargs)
+        is_random = torch.Tag.nondeterministic_seeded in func.tags and _rate(func, args, kwargs) != 0
+        if is_random and not (isinstance(drawn, Tensor) and drawn.dim() == 0):
+            self.found.append(Draw(list(self.at), func.overloadpacket.__name__))
+        return drawn
 
 
 def check_draws(draws: Sequence[Draw]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fabric_tp
@@ -63,6 +64,13 @@ class GateInTheOtherHalf(hand_written.MLP):
         return self.down_proj(torch.cat((second * self.gate_proj(x).chunk(2, dim=-1)[0], first), dim=-1))
 
 
+class DropsByItself(hand_written.MLP):
+    """In training only, and without a module that would say so."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.dropout(self.up_proj(x) * self.gate_proj(x), 0.1, self.training))
+
+
 class HeadsOfOthers(hand_written.Attention):
     """Each head is weighted by its number."""
 
@@ -85,6 +93,7 @@ def with_parts(attention: type[nn.Module] | None = None, mlp: type[nn.Module] | 
 WRONG = {
     "norm": ({"attention": NormOverHeads}, r"base_model\.layers\.0 gives something else on 2 ranks .* verify=False"),
     "gate": ({"mlp": GateInTheOtherHalf}, r"base_model\.layers\.0 gives something else on 2 ranks"),
+    "dropout": ({"mlp": DropsByItself}, r"base_model\.layers\.0\.mlp draws random numbers in its forward \(\w+\), and"),
     "heads": ({"attention": HeadsOfOthers}, r"base_model\.layers\.0 gives something else on 2 ranks"),
     "count": (
         {"attention": CountsFeatures},

@@ -98,8 +98,8 @@ def _small_config(config_class: type, overrides: dict[str, Any]) -> Any:
     sizes = {name: value for name, value in known.items() if getattr(default, name) is not None or name in UNSET}
     if "kv_lora_rank" in sizes:  # each query head has keys and values of its own
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
-    if (inner := getattr(default, "text_config", None)) is not None:
-        sizes["text_config"] = _small_config(type(inner), {}).to_dict()
+    inner = {name: value for name, value in vars(default).items() if hasattr(value, "to_diff_dict")}
+    sizes |= {name: _small_config(type(value), {}).to_dict() for name, value in inner.items()}
     return config_class(**{**sizes, **overrides})
 
 
