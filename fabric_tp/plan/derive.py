@@ -189,7 +189,7 @@ class _Deriver:
         """
         described, layout = self.described.experts, layout_of(self.options)
         assert described is not None
-        plan: Styles = {"": PrepareInputOutput(layout, layout, regather=False)}
+        plan: Styles = {"": PrepareInputOutput(layout, layout, regather=False, reads=found.whole)}
         plan |= {name: Replicated(partial_gradient=True) for name in found.whole}
         plan |= {name: Dropout() for name in found.dropouts.rates}  # between the experts all is whole, or a sum of it
         mlps = dict(found.shared)

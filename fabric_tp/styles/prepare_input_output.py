@@ -5,10 +5,16 @@ from typing import Any
 from fabric_tp.autograd.collectives import Layout
 from fabric_tp.styles.layout import join, leave_sharded, leaving
 from fabric_tp.styles.prepare_input import PrepareInput
-from fabric_tp.styles.style import LocalModule, Parallelized
+from fabric_tp.styles.style import Held, LocalModule, Parallelized
 
 
 class _Summed(LocalModule):
+    parallelized: Parallelized[PrepareInputOutput]
+
+    def take_local(self) -> Held:
+        inner = [self.get_submodule(name) for name in self.parallelized.style.reads]
+        return super().take_local() + [each for module in inner for each in module.take_local()]  # type: ignore[operator]
+
     def compute(self, *args: Any, **kwargs: Any) -> Any:
         y = super().compute(*args, **kwargs)
         first = y[0] if isinstance(y, tuple) else y
@@ -27,6 +33,7 @@ class PrepareInputOutput(PrepareInput):
         input_layout: As in :class:`PrepareInput`.
         output_layout: As in :class:`Rowwise`.
         regather: As in :class:`Colwise`.
+        reads: Modules inside, with a style of their own, whose parameters the forward of this one may read itself.
 
     ===============  ===============  ===========  =========  ===========  ==============  =======================
     input_layout     output_layout    x            inside     y            forward         backward
@@ -56,9 +63,10 @@ class PrepareInputOutput(PrepareInput):
         output_layout: Layout | None = "replicate",
         *,
         regather: bool = True,
+        reads: tuple[str, ...] = (),
     ) -> None:
         super().__init__(input_layout, regather=regather)
-        self.output_layout = output_layout
+        self.output_layout, self.reads = output_layout, reads
 
     def leave(self, this: Parallelized, y: Any) -> Any:
         if isinstance(y, tuple):
