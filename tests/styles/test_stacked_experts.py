@@ -51,7 +51,7 @@ class Interleaved(nn.Module):
         return y
 
 
-GATED = Example(
+EXAMPLE = Example(
     StackedExperts,
     Mixture,
     {"split": SPLIT, "parts": ("gate", "up"), "fused": ("gate_up_proj",)},
@@ -67,7 +67,7 @@ INTERLEAVED = Example(
 
 @pytest.mark.parametrize("row", rows(StackedExperts), ids=name_of)
 def test_table(pool, row) -> None:
-    pool(2)(check, GATED, row)
+    pool(2)(check, EXAMPLE, row)
 
 
 def test_other_layout_and_biases(pool) -> None:
@@ -78,7 +78,7 @@ def test_other_layout_and_biases(pool) -> None:
 
 def kept_of_the_whole() -> tuple[int, int, int]:
     """Bytes of the concatenated weight before and after the backward has come to it, and of all of it."""
-    _, _, model = build(GATED, GATED.style_of({}), 2)
+    _, _, model = build(EXAMPLE, EXAMPLE.style_of({}), 2)
     held: list[Tensor] = []
     concatenate = concatenation.Concatenation.free_until_backward
 
@@ -104,7 +104,7 @@ def test_the_backward_keeps_no_copy_of_the_weights(pool) -> None:
 
 
 def gradients_of_a_retained_graph() -> list[float]:
-    _, _, model = build(GATED, GATED.style_of({}), 2)
+    _, _, model = build(EXAMPLE, EXAMPLE.style_of({}), 2)
     x = torch.randn(2, 4, WIDTH, dtype=torch.float64, requires_grad=True)
     loss = model["it"](x).square().sum()
     sums = []
