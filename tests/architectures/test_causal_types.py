@@ -52,6 +52,14 @@ def test_dropout_without_a_module_is_refused(model_type, rate) -> None:
         fabric_tp.auto().check(small_causal(model_type, **{named: 0.1}), tensor_parallel_size=2)
 
 
+def test_dropout_of_the_forward_itself_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.0\.self_attn draws random numbers in its forward \(bernoulli"
+    ):
+        fabric_tp.auto().check(small_causal("seed_oss", residual_dropout=0.1), tensor_parallel_size=2)
+    fabric_tp.auto().check(small_causal("seed_oss"), tensor_parallel_size=2)
+
+
 def test_a_loss_of_the_routers_outputs_is_refused() -> None:
     with pytest.raises(ValueError, match=r"config\.output_router_logits=True adds a loss of the routers' outputs\."):
         fabric_tp.auto().check(small_causal("qwen2_moe", output_router_logits=True), tensor_parallel_size=2)

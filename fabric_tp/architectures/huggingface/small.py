@@ -36,12 +36,13 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "decoder_ffn_dim", "encoder_ffn_dim", "d_ff"), HIDDEN),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 4 * LENGTH),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_k", "num_selected_experts", "moe_topk"), 2),
+    **dict.fromkeys(("num_experts_per_tok", "n_routed_experts", "moe_k", "num_selected_experts", "moe_topk"), 2),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
     **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "n_shared_experts"), 1),
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "head_dim", "rotary_dim"), 8),
     **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "layerdrop"), 0.0),
     **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop", "embed_dropout", "resid_dropout"), 0.0),
+    **dict.fromkeys(("residual_dropout", "ffn_dropout"), 0.0),
     **dict.fromkeys(("attention_probs_dropout_prob", "hidden_dropout_prob"), 0.0),
     "q_lora_rank": 24,
     "kv_lora_rank": 16,
@@ -94,7 +95,8 @@ def small_causal(model_type: str, **overrides: Any) -> nn.Module:
 
 def _small_config(config_class: type, overrides: dict[str, Any]) -> Any:
     default = config_class()
-    known = {name: value for name, value in SIZES.items() if hasattr(default, name)}
+    computed = {name for name in SIZES if isinstance(getattr(config_class, name, None), property)}
+    known = {name: value for name, value in SIZES.items() if hasattr(default, name) and name not in computed}
     sizes = {name: value for name, value in known.items() if getattr(default, name) is not None or name in UNSET}
     if "kv_lora_rank" in sizes:  # each query head has keys and values of its own
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
