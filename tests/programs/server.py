@@ -54,6 +54,7 @@ def exit_code(pid: int, codes: dict[int, int | None]) -> int | None:
 
 def settle(request: dict[str, Any]) -> None:
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where the tests run in the background
     set_environment(request["environment"])
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
