@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 import fabric_tp
 from fabric_tp.architectures import recognise
@@ -29,10 +30,16 @@ TYPES = {
 }
 
 
+def build(model_type: str) -> nn.Module:
+    """In fp64 where a gradient is a sum over all activations of a layer: its rounding in fp32 is near the tolerance."""
+    model = small_causal(model_type)
+    return model.double() if model_type == "apertus" else model
+
+
 @pytest.mark.parametrize("model_type", TYPES)
 def test_equals_one_device(pool, model_type) -> None:
     assert recognise(small_causal(model_type)).name == TYPES[model_type]
-    assert_equal(pool, partial(small_causal, model_type), fabric_tp.auto(), (1, 2))
+    assert_equal(pool, partial(build, model_type), fabric_tp.auto(), (1, 2))
 
 
 @pytest.mark.sweep
@@ -41,7 +48,7 @@ def test_equals_one_device(pool, model_type) -> None:
 @pytest.mark.parametrize("model_type", TYPES)
 def test_other_meshes(pool, model_type, sizes, sequence_parallel) -> None:
     parallelize_fn = fabric_tp.auto(sequence_parallel=sequence_parallel)
-    assert_equal(pool, partial(small_causal, model_type), parallelize_fn, sizes)
+    assert_equal(pool, partial(build, model_type), parallelize_fn, sizes)
 
 
 @pytest.mark.parametrize("rate", ["dropout", "activation_dropout", "layerdrop"])
