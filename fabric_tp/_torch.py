@@ -73,7 +73,7 @@ def after_backward(callback: Callable[[], None]) -> None:
 
 
 def current_backward() -> int:
-    """A number for the backward that is running; no two backwards have the same."""
+    """A number for the backward that is running, -1 if there is none; no two backwards have the same."""
     return torch._C._current_graph_task_id()
 
 

@@ -32,6 +32,8 @@ class Concatenation:
         """Give the memory back after the forward whose output this is; nothing else may have a gradient through it."""
         if torch.compiler.is_compiling() or _torch.is_fake(self.whole) or self.whole.is_meta:
             return
+        if _torch.current_backward() >= 0:
+            return  # activation checkpointing computes it again for a backward that is already here
         nodes = {leaf.grad_fn for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.grad_fn is not None}
         if not nodes:
             return  # nothing is saved: the memory goes with the last reference to it

@@ -55,8 +55,7 @@ def check_draws(draws: Sequence[Draw]) -> None:
             name, _ = draw.at[-1]
             raise ValueError(
                 f"{name or 'The model'} draws random numbers in its forward ({draw.operation}), and each rank would"
-                " draw others. Set what it needs them for to 0; an nn.Dropout is drawn the same on"
-                " all ranks."
+                " draw others. Set what it needs them for to 0; an nn.Dropout is drawn the same on all ranks."
             )
 
 

@@ -16,9 +16,14 @@ from fabric_tp.architectures.architecture import children, has
 from fabric_tp.parallelize.options import documented
 from fabric_tp.parallelize.parallelize import Derived, ParallelizeByPlan
 from fabric_tp.plan import TransformerOptions, derive_feed_forward_plan, derive_plan, tied_parameters
-from fabric_tp.plan.derive import BALANCE, SPLITS
+from fabric_tp.plan.derive import BALANCE
 
 TORCH_LEAN = "fabric_tp.architectures.lean:TORCH"
+
+SPLITS = (
+    "cuts the sequence after each rank has got its part of it, so pieces of different ranks would be put together."
+    " Leave it out, and use fused_loss=True for less memory; or sequence_parallel=False."
+)
 
 
 @documented

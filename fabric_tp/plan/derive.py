@@ -57,10 +57,6 @@ Styles = dict[str, Style]
 
 COLWISE = Colwise(input_layout=None)
 
-SPLITS = (
-    "cuts the sequence after each rank has got its part of it, so pieces of different ranks would be put together."
-    " Leave it out, and use fused_loss=True for less memory; or sequence_parallel=False."
-)
 BALANCE = (
     "adds a loss of the routers' outputs. Each rank would compute all of it, and its gradient would count once for each"
     " rank. Leave it out."

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fabric_tp.autograd import concatenation
 from fabric_tp.styles import StackedExperts
@@ -117,6 +118,23 @@ def gradients_of_a_retained_graph() -> list[float]:
 def test_a_graph_may_be_used_twice(pool) -> None:
     first, second = pool(2)(gradients_of_a_retained_graph)
     assert first == second > 0
+
+
+def gradients_with_and_without_checkpoint() -> list[Tensor]:
+    """What comes after the experts keeps something too, so that they are computed again to their end."""
+    _, _, model = build(EXAMPLE, EXAMPLE.style_of({}), 2)
+    x = torch.randn(2, 4, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def forward(x: Tensor) -> Tensor:
+        return model["it"](x).sin().square().sum()
+
+    losses = [forward(x), checkpoint(forward, x, use_reentrant=False)]
+    return [torch.autograd.grad(loss, x)[0] for loss in losses]
+
+
+def test_activation_checkpointing(pool) -> None:
+    without, with_checkpoint = pool(2)(gradients_with_and_without_checkpoint)
+    torch.testing.assert_close(with_checkpoint, without)
 
 
 def test_parameters_that_are_not_there() -> None:
