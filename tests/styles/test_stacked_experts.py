@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -75,6 +77,12 @@ def test_other_layout_and_biases(pool) -> None:
     row = {"x": "(b, s, h)", "y": "(b, s, h) partial", "gate_up_proj": "(e, h, 2 * f/t)", "down_proj": "(e, f/t, h)"}
     row |= {"gate_up_proj_bias": "(e, 2 * f/t)", "down_proj_bias": "(e, h)", "forward": "", "backward": ""}
     pool(2)(check, INTERLEAVED, {**row, "gradient": "partial: x, down_proj_bias"})
+
+
+def test_notices_a_contiguous_split_of_gate_and_up(pool) -> None:
+    (row,) = rows(StackedExperts)
+    with pytest.raises(AssertionError, match=r"same\(total, whole"):
+        pool(2)(check, replace(EXAMPLE, arguments={"split": SPLIT}), row)
 
 
 def kept_of_the_whole() -> tuple[int, int, int]:
