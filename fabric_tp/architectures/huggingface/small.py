@@ -52,6 +52,9 @@ SIZES: dict[str, Any] = {
 }
 """Small sizes by the names that configs of Transformers have for them."""
 
+TYPES: dict[str, dict[str, Any]] = {}
+"""What the configs of some types need besides small sizes."""
+
 UNSET = ("num_key_value_heads", "num_experts_per_tok", "pad_token_id", "sliding_window", "use_cache")
 """Those that are given even where a config has None; other sizes then follow from the rest."""
 
@@ -85,7 +88,7 @@ def small_causal(model_type: str, **overrides: Any) -> nn.Module:
         ValueError: Transformers is not installed.
     """
     transformers = _transformers()
-    config = _small_config(transformers.CONFIG_MAPPING[model_type], overrides)
+    config = _small_config(transformers.CONFIG_MAPPING[model_type], {**TYPES.get(model_type, {}), **overrides})
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
     with torch.random.fork_rng(devices=[]):
