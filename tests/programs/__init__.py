@@ -60,16 +60,17 @@ class Program:
                 each.kill()
 
 
-def start(command: list[str], output: Path, **more: str) -> Program:
+def start(command: list[str], output: Path, *, host: dict[str, str] | None = None, **more: str) -> Program:
     """Start a program.
 
     Args:
         command: ``python`` or the name of a console script, and its arguments.
         output: Where its stdout and stderr are appended.
+        host: The network ``namespace`` that it runs in, and the ``name`` of the machine that it sees.
         more: For its environment.
     """
     output.touch()  # it may be read before the fork has opened it
-    return Program(ask(command=command, output=str(output), environment=environment(**more)), output)
+    return Program(ask(command=command, output=str(output), environment=environment(**more), host=host), output)
 
 
 def ask(**request: Any) -> Any:

@@ -4,6 +4,7 @@ Such a program is as if started afresh, except for these imports: it leads a ses
 environment and output, and ends as the interpreter ends. So are the ranks that a launcher starts.
 """
 
+import ctypes
 import gc
 import json
 import os
@@ -20,6 +21,8 @@ import litgpt.pretrain  # noqa: F401
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 import fabric_tp  # noqa: F401
+
+CLONE_NEWNET, CLONE_NEWUTS = 0x40000000, 0x04000000  # of sched.h
 
 RANKS = 2
 """How many a launcher can start."""
@@ -56,10 +59,22 @@ def settle(request: dict[str, Any]) -> None:
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where the tests run in the background
     set_environment(request["environment"])
+    if host := request.get("host"):
+        move_to(**host)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+
+
+def move_to(namespace: str, name: str) -> None:
+    """Enter a network namespace that ``ip netns`` has made, with a host name of its own."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/run/netns/{namespace}") as file:
+        failed = libc.setns(file.fileno(), CLONE_NEWNET) or libc.unshare(CLONE_NEWUTS)
+    failed = failed or libc.sethostname(name.encode(), len(name))
+    if failed:
+        raise OSError(ctypes.get_errno(), "this process cannot be put on a host of its own")
 
 
 def set_environment(environment: dict[str, str]) -> None:
