@@ -47,12 +47,14 @@ def plan(layout: Layout, loss_parallel: bool) -> fabric_tp.Parallelize:
     )
 
 
-CORE = [("sequence", True, (2, 2))]
-
-
-@pytest.mark.swept(lambda p: p["sizes"] != (1, 2) and (p["layout"], p["loss_parallel"], p["sizes"]) not in CORE)
-@pytest.mark.parametrize("sizes", [(1, 2), (1, 4), (2, 2)], ids=str)
-@pytest.mark.parametrize("loss_parallel", [True, False])
-@pytest.mark.parametrize("layout", ["sequence", "replicate"])
+@pytest.mark.swept(lambda p: p["sizes"] != (1, 2))
+@pytest.mark.parametrize(
+    ("layout", "loss_parallel", "sizes"),
+    [
+        *((layout, loss_parallel, (1, 2)) for layout in ("sequence", "replicate") for loss_parallel in (True, False)),
+        *(("sequence", True, (2, 2)), ("sequence", False, (1, 4))),
+        *(("replicate", True, (1, 4)), ("replicate", False, (2, 2))),
+    ],
+)
 def test_stack(pool, layout, loss_parallel, sizes) -> None:
     assert_equal(pool, build, plan(layout, loss_parallel), sizes, steps=3)

@@ -43,8 +43,7 @@ def test_equals_one_device(pool, model_type) -> None:
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("sequence_parallel", [True, False])
-@pytest.mark.parametrize("sizes", [(1, 4), (2, 2)], ids=str)
+@pytest.mark.parametrize(("sizes", "sequence_parallel"), [((1, 4), True), ((2, 2), False)], ids=str)
 @pytest.mark.parametrize("model_type", TYPES)
 def test_other_meshes(pool, model_type, sizes, sequence_parallel) -> None:
     parallelize_fn = fabric_tp.auto(sequence_parallel=sequence_parallel)

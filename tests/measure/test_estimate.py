@@ -72,7 +72,7 @@ CASES = [
 ]
 
 
-@pytest.mark.swept(lambda p: (p["name"], p["sizes"]) not in (("Llama-3-8B", (1, 2)), ("Llama-2-7b-hf", (2, 2))))
+@pytest.mark.swept(lambda p: (p["name"], p["sizes"]) != ("Llama-3-8B", (1, 2)))
 @pytest.mark.parametrize(("name", "sizes", "options", "precision"), CASES)
 def test_estimate_is_what_a_real_step_needs(pool, name, sizes, options, precision) -> None:
     peak, most, sent = pool(sizes[0] * sizes[1])(real_step, name, sizes, options, precision)

@@ -95,12 +95,10 @@ def test_instruction_data_from_a_checkpoint(folder: Path, run_1x1: Path) -> None
 
 
 def test_streamed_data(folder: Path, run_1x1: Path) -> None:
-    """On two ranks as on one, over more than one pass, and resumed where it was."""
+    """Resumed on two ranks where one rank was, over more than one pass."""
     given = ["--data", "streamed.Streamed", "--initial_checkpoint_dir", run_1x1 / "final", "--max_seq_length", 64]
     given += ["--global_batch_size", 8, "--micro_batch_size", 4, "--max_steps", 8, "--save_interval", 3]
     run_ranks(1, ["--out_dir", folder / "streamed", *given])
-    run_ranks(2, ["--out_dir", folder / "streamed-1x2", *given])
-    torch.testing.assert_close(losses(folder / "streamed-1x2"), losses(folder / "streamed"), rtol=1e-4, atol=0)
     resume = ["--resume", folder / "streamed" / "step-00000003"]
     run_ranks(2, ["--out_dir", folder / "streamed-resumed", *given, *resume])
     torch.testing.assert_close(losses(folder / "streamed-resumed"), losses(folder / "streamed")[3:], rtol=1e-4, atol=0)

@@ -36,7 +36,7 @@ def test_losses_are_those_of_one_device(run_1x1: Path, run_1x2: tuple[Path, str]
 @pytest.mark.sweep
 @pytest.mark.parametrize(
     ("mesh", "accumulate", "workers"),
-    [("1x1", 4, 2), ("1x2", 4, 0), ("1x4", 1, 0), ("2x1", 1, 1), ("2x2", 4, 0)],
+    [("1x4", 1, 0), ("2x1", 1, 2), ("2x2", 4, 0)],
 )
 def test_losses_do_not_depend_on_micro_batches_and_workers(
     folder: Path, run_1x1: Path, mesh: str, accumulate: int, workers: int
