@@ -25,8 +25,8 @@ def generate(
 ) -> Tensor:
     """Continue ``tokens``, the same on every rank; all ranks must call it.
 
-    The whole sequence is computed for each new token, so this is for samples and not for serving. Sequences are padded
-    to one length, a multiple of the number of ranks, which a causal model does not see.
+    The whole sequence is computed for each new token, so this is for samples and not for serving. All have one length,
+    since a causal model does not see what comes later.
 
     Args:
         model: Maps tokens ``(1, s)`` to logits ``(1, s, v)``, sharded over the vocabulary or not.
@@ -70,9 +70,7 @@ def _padded(tokens: Tensor, max_new_tokens: int) -> Tensor:
         raise ValueError(
             f"The prompt must be a tensor of shape (n,) with n > 0, and has the shape {tuple(tokens.shape)}."
         )
-    total = len(tokens) + max_new_tokens
-    multiple = dist.get_world_size() if dist.is_initialized() else 1
-    padded = tokens.new_zeros(1, total + -total % multiple)
+    padded = tokens.new_zeros(1, len(tokens) + max_new_tokens)
     padded[0, : len(tokens)] = tokens
     return padded
 

@@ -63,7 +63,7 @@ def check(args: Args) -> Job:
     config = model_config(args)
     with torch.device("meta"):
         model = make_model(args, config)
-    parallelization(args).check(model, tensor_parallel_size=sizes.tensor_parallel, sequence_length=args.max_seq_length)
+    parallelization(args).check(model, tensor_parallel_size=sizes.tensor_parallel)
     tokenizer = connect_data(args, sizes)
     run = what_it_continues(args, sizes, config)
     return Job(args, launcher, sizes, config, tokenizer, find_checkpoint(args, run), run)

@@ -31,6 +31,7 @@ from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 
 from fabric_tp import _torch
+from fabric_tp.autograd.padding import cut, fill, rows_to_fill
 
 SEQUENCE_DIM = 1
 
@@ -66,14 +67,15 @@ def reduce(x: Tensor, group: Group) -> Tensor:
     return x if group.size == 1 else _Reduce.apply(x, group.name)
 
 
-def gather(x: Tensor, group: Group, dim: int = SEQUENCE_DIM) -> Tensor:
-    """Shards ``(b, s/t, n)`` enter a sharded computation on the whole ``(b, s, n)``."""
-    return x if group.size == 1 else _Gather.apply(x, dim % x.dim(), group.size, group.name)
+def gather(x: Tensor, group: Group, dim: int = SEQUENCE_DIM, padding: int = 0) -> Tensor:
+    """Shards ``(b, s/t, n)`` enter a sharded computation on the whole ``(b, s, n)``; the last rows are cut off."""
+    return x if group.size == 1 else _Gather.apply(x, dim % x.dim(), group.size, group.name, padding)
 
 
-def traceable_gather(x: Tensor, group: Group, dim: int = SEQUENCE_DIM) -> Tensor:
+def traceable_gather(x: Tensor, group: Group, padding: int = 0) -> Tensor:
     """As :func:`gather`, without an autograd function, inside which torch 2.11's compiler makes nothing again."""
-    return start_gather(x, dim % x.dim(), group.size, group.name, _torch.start_differentiable_all_gather)()
+    start = _torch.start_differentiable_all_gather
+    return start_gather(x, SEQUENCE_DIM, group.size, group.name, padding, start)()
 
 
 def reduce_scatter(x: Tensor, group: Group, dim: int = SEQUENCE_DIM) -> Tensor:
@@ -81,9 +83,11 @@ def reduce_scatter(x: Tensor, group: Group, dim: int = SEQUENCE_DIM) -> Tensor:
     return x if group.size == 1 else _ReduceScatter.apply(x, dim % x.dim(), group.size, group.name)
 
 
-def gather_replicated(x: Tensor, group: Group, dim: int = -1) -> Tensor:
+def gather_replicated(x: Tensor, group: Group, dim: int = -1, padding: int = 0) -> Tensor:
     """Shards ``(..., n/t)`` -> the whole on every rank, where what follows is the same on every rank."""
-    return x if group.size == 1 else _GatherReplicated.apply(x, dim % x.dim(), group.size, group.rank, group.name)
+    if group.size == 1:
+        return x
+    return _GatherReplicated.apply(x, dim % x.dim(), group.size, group.rank, group.name, padding)
 
 
 def scatter(x: Tensor, group: Group, dim: int = SEQUENCE_DIM) -> Tensor:
@@ -134,69 +138,68 @@ class _Reduce(Function):
 
 class _Gather(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, size: int, name: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dim: int, size: int, name: str, padding: int) -> Tensor:
         ctx.dim, ctx.size, ctx.name = dim, size, name
-        return _gather_along(x, dim, size, name)
+        return start_gather(x, dim, size, name, padding)()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _reduce_scatter_along(grad, ctx.dim, ctx.size, ctx.name), None, None, None
+        return start_reduce_scatter(grad, ctx.dim, ctx.size, ctx.name)(), None, None, None, None
 
 
 class _ReduceScatter(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, size: int, name: str) -> Tensor:
-        ctx.dim, ctx.size, ctx.name = dim, size, name
-        return _reduce_scatter_along(x, dim, size, name)
+        ctx.dim, ctx.size, ctx.name, ctx.padding = dim, size, name, rows_to_fill(x.shape[dim], size)
+        return start_reduce_scatter(x, dim, size, name)()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _gather_along(grad, ctx.dim, ctx.size, ctx.name), None, None, None
+        return start_gather(grad, ctx.dim, ctx.size, ctx.name, ctx.padding)(), None, None, None
 
 
 class _GatherReplicated(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, size: int, rank: int, name: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dim: int, size: int, rank: int, name: str, padding: int) -> Tensor:
         ctx.dim, ctx.size, ctx.rank = dim, size, rank
-        return _gather_along(x, dim, size, name)
+        return start_gather(x, dim, size, name, padding)()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad.chunk(ctx.size, ctx.dim)[ctx.rank].contiguous(), None, None, None, None
+        own = fill(grad, ctx.dim, ctx.size).chunk(ctx.size, ctx.dim)[ctx.rank]
+        return own.contiguous(), None, None, None, None, None
 
 
 class _Scatter(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, size: int, rank: int, name: str) -> Tensor:
-        ctx.dim, ctx.size, ctx.name = dim, size, name
-        return x.chunk(size, dim)[rank].clone()
+        ctx.dim, ctx.size, ctx.name, ctx.padding = dim, size, name, rows_to_fill(x.shape[dim], size)
+        return fill(x, dim, size).chunk(size, dim)[rank].clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _gather_along(grad, ctx.dim, ctx.size, ctx.name), None, None, None, None
-
-
-def _gather_along(x: Tensor, dim: int, size: int, name: str) -> Tensor:
-    return start_gather(x, dim, size, name)()
-
-
-def _reduce_scatter_along(x: Tensor, dim: int, size: int, name: str) -> Tensor:
-    return start_reduce_scatter(x, dim, size, name)()
+        return start_gather(grad, ctx.dim, ctx.size, ctx.name, ctx.padding)(), None, None, None, None
 
 
 def start_gather(
-    x: Tensor, dim: int, size: int, name: str, start: Callable[[Tensor, int, str], Tensor] = _torch.start_all_gather
+    x: Tensor,
+    dim: int,
+    size: int,
+    name: str,
+    padding: int = 0,
+    start: Callable[[Tensor, int, str], Tensor] = _torch.start_all_gather,
 ) -> Callable[[], Tensor]:
     """Issue the all-gather of :func:`gather`; what is returned waits for it."""
     if x.shape[:dim].numel() == 1:  # nothing before dim: the ranks' shards already lie one after the other
         flat = start(x.flatten(0, dim), size, name)
-        return lambda: _unflatten_(_torch.wait(flat), dim)
+        return lambda: cut(_unflatten_(_torch.wait(flat), dim), dim, padding)
     shards = start(x, size, name)
-    return lambda: torch.cat(_torch.wait(shards).chunk(size), dim)
+    return lambda: cut(torch.cat(_torch.wait(shards).chunk(size), dim), dim, padding)
 
 
 def start_reduce_scatter(x: Tensor, dim: int, size: int, name: str) -> Callable[[], Tensor]:
     """Issue the reduce-scatter of :func:`reduce_scatter`; what is returned waits for it."""
+    x = fill(x, dim, size)
     if x.shape[:dim].numel() == 1:
         flat = _torch.start_reduce_scatter(x.flatten(0, dim), size, name)
         return lambda: _unflatten_(_torch.wait(flat), dim)

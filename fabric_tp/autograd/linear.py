@@ -74,13 +74,14 @@ from fabric_tp.autograd.collectives import (
 from fabric_tp.autograd.recompute import Recomputable, let_go, producer_of, recompute, recomputed_by_compiler, saved
 
 
-def enter(x: Tensor, group: Group, *, sequence: bool) -> Tensor:
+def enter(x: Tensor, group: Group, *, sequence: bool, padding: int = 0) -> Tensor:
     """The whole input of sharded linear layers, of which each rank computes a part of the gradient.
 
     Args:
         x: ``(b, s/t, h)`` if ``sequence``, else ``(b, s, h)``. It is what is kept, unless it can be recomputed itself.
         group: The tensor-parallel ranks; more than one.
         sequence: Gather it forward, and again in the backward, and scatter its gradient. Otherwise it is whole already.
+        padding: Rows at the end of the gathered sequence that are cut off.
 
     Returns:
         ``(b, s, h)``, for :func:`linear`. Hooks on it must be there before the layers take it.
@@ -89,11 +90,11 @@ def enter(x: Tensor, group: Group, *, sequence: bool) -> Tensor:
         ValueError: In the backward, if second derivatives are asked for.
     """
     if torch.compiler.is_compiling():
-        return recomputed_by_compiler(traceable_gather, x, group) if sequence else copy(x, group)
+        return recomputed_by_compiler(traceable_gather, x, group, padding) if sequence else copy(x, group)
     producer = producer_of(x)
     if producer is None and not sequence:  # nothing to recompute: the layers keep it, if they train
         return copy(x, group)
-    return _Enter.apply(x, group, sequence, producer)
+    return _Enter.apply(x, group, sequence, padding, producer)
 
 
 def linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None] = ()) -> Tensor:
@@ -149,12 +150,13 @@ class SharedInput:
 
 class _Enter(Recomputable):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, sequence: bool, producer: Any) -> Tensor:
-        ctx.group, ctx.sequence, ctx.producer, ctx.shared_input = group, sequence, producer, SharedInput()
+    def forward(ctx: Any, x: Tensor, group: Group, sequence: bool, padding: int, producer: Any) -> Tensor:
+        ctx.group, ctx.sequence, ctx.padding = group, sequence, padding
+        ctx.producer, ctx.shared_input = producer, SharedInput()
         ctx.set_materialize_grads(False)
         if producer is None:
             ctx.save_for_backward(x)
-        entered = start_gather(x, SEQUENCE_DIM, group.size, group.name)() if sequence else x.view_as(x)
+        entered = start_gather(x, SEQUENCE_DIM, group.size, group.name, padding)() if sequence else x.view_as(x)
         ctx.version = entered._version
         return entered
 
@@ -163,7 +165,7 @@ class _Enter(Recomputable):
         return _start_input(ctx)()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
         _refuse_second_derivatives()
         let_go(ctx)
         shared = ctx.shared_input
@@ -172,7 +174,7 @@ class _Enter(Recomputable):
             grad = shared.grad if grad is None else shared.grad.add_(grad)
         parts = [wait() for wait in (shared.sum, None if grad is None else _start_sum(ctx, grad)) if wait]
         shared.clear()
-        return (sum(parts[1:], parts[0]) if parts else None), None, None, None
+        return (sum(parts[1:], parts[0]) if parts else None), None, None, None, None
 
 
 def _start_sum(ctx: Any, grad: Tensor) -> Callable[[], Tensor]:
@@ -184,7 +186,9 @@ def _start_sum(ctx: Any, grad: Tensor) -> Callable[[], Tensor]:
 def _start_input(ctx: Any) -> Callable[[], Tensor]:
     _refuse_second_derivatives()
     x = recompute(ctx.producer) if ctx.producer is not None else saved(ctx)[0]
-    return start_gather(x, SEQUENCE_DIM, ctx.group.size, ctx.group.name) if ctx.sequence else lambda: x
+    if not ctx.sequence:
+        return lambda: x
+    return start_gather(x, SEQUENCE_DIM, ctx.group.size, ctx.group.name, ctx.padding)
 
 
 def _refuse_second_derivatives() -> None:

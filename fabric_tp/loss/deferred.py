@@ -29,6 +29,8 @@ class LMHeadCall:
     bias: Tensor | None
     group: Group
     layout: Layout
+    padding: int
+    """Rows that fill up the ranks' parts of the sequence."""
     compute: Callable[[LMHeadCall, Tensor | None], Tensor]
     """The logits of all rows, or of those of these numbers, as the layer returns them otherwise."""
 
@@ -42,7 +44,7 @@ class LMHeadCall:
         shape = list(self.hidden.shape)
         shape[-1] = len(self.weight) * self.group.size
         if self.layout == "sequence":
-            shape[SEQUENCE_DIM] *= self.group.size
+            shape[SEQUENCE_DIM] = shape[SEQUENCE_DIM] * self.group.size - self.padding
         return tuple(shape)
 
 

@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from fabric_tp import _torch
 from fabric_tp.autograd.collectives import SEQUENCE_DIM, Group, Layout
+from fabric_tp.autograd.padding import rows_to_fill
 from fabric_tp.loss.deferred import DeferredLogits
 from fabric_tp.loss.fused import deferred_loss, linear_loss
 from fabric_tp.loss.options import CHUNK_SIZE, LossOptions, Reduction
@@ -85,7 +86,8 @@ def linear_cross_entropy(
     the backward too, are in the forward; ``fabric_tp/loss/fused.py`` says which, and what is in memory.
 
     Args:
-        hidden: ``(..., h)``, the same on every rank; under ``input_layout="sequence"`` this rank's ``(b, s/t, h)``.
+        hidden: ``(..., h)``, the same on every rank; under ``input_layout="sequence"`` this rank's ``(b, s/t, h)``,
+            rounded up, of a sequence with rows at its end that do not count.
         weight: ``(v, h)``, a DTensor ``Shard(0)`` on the tensor-parallel mesh; or a plain tensor, which is this rank's
             ``(v/t, h)`` if ``mesh`` is given and the whole vocabulary otherwise.
         targets: ``(...)`` or ``(b, s)``, whole and the same on every rank.
@@ -149,7 +151,10 @@ def _check_linear(
         )
     rows = list(hidden.shape[:-1])
     if layout == "sequence" and group.size > 1:
+        filled = targets.shape[SEQUENCE_DIM] + rows_to_fill(targets.shape[SEQUENCE_DIM], group.size)
         rows[SEQUENCE_DIM] *= group.size
+        if rows[SEQUENCE_DIM] == filled:
+            rows[SEQUENCE_DIM] = targets.shape[SEQUENCE_DIM]
     if tuple(rows) != targets.shape:
         raise ValueError(
             f"Targets of the shape {tuple(rows)} belong to the input of the shape {tuple(hidden.shape)} under"

@@ -25,11 +25,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from fabric_tp.autograd.collectives import SEQUENCE_DIM, Group, Layout
+from fabric_tp.autograd.padding import rows_to_fill
 from fabric_tp.loss.chunks import Chunks, Gradients
 from fabric_tp.loss.deferred import DeferredLogits, autocast
 from fabric_tp.loss.formula import Formula, Statistics
@@ -73,14 +75,18 @@ def linear_loss(
     gathers = layout == "sequence" and group.size > 1
     by_rank = targets
     if gathers:  # the rows of each rank one after the other, as a gather without copies leaves them
-        by_rank = targets.unflatten(SEQUENCE_DIM, (group.size, -1)).movedim(SEQUENCE_DIM, 0)
+        padding = rows_to_fill(targets.shape[SEQUENCE_DIM], group.size)
+        filled = F.pad(targets, (0, padding), value=options.ignore_index)
+        by_rank = filled.unflatten(SEQUENCE_DIM, (group.size, -1)).movedim(SEQUENCE_DIM, 0)
     rows = hidden.reshape(-1, hidden.shape[-1])
     inputs = (*(autocast(x) for x in (rows, weight, bias)), by_rank.reshape(-1), formula, gathers)
     with torch.autocast(hidden.device.type, enabled=False):
         if options.reduction != "none":
             return options.of_sum(_Summed.apply(*inputs, torch.is_grad_enabled()), targets)
         losses = _PerTarget.apply(*inputs).view(by_rank.shape)
-    return losses.movedim(0, SEQUENCE_DIM).flatten(SEQUENCE_DIM, SEQUENCE_DIM + 1) if gathers else losses
+    if not gathers:
+        return losses
+    return losses.movedim(0, SEQUENCE_DIM).flatten(SEQUENCE_DIM, SEQUENCE_DIM + 1)[:, : targets.shape[SEQUENCE_DIM]]
 
 
 class _Summed(Function):

@@ -130,7 +130,7 @@ def estimate(
     mixed: dict[str, Any] = {"mixed_precision": "bf16-mixed"} if precision == "bf16-mixed" else {}
     parallelize = replace(parallelize or litgpt(), compile=False, **mixed)
     whole = meta_model(config)
-    parallelize.check(whole, tensor_parallel_size=tensor_parallel_size, sequence_length=batch[1])
+    parallelize.check(whole, tensor_parallel_size=tensor_parallel_size)
     sizes = {"tensor_parallel_size": tensor_parallel_size, "data_parallel_size": data_parallel_size}
     least = _least(whole, parallelize, sizes, batch[0] * batch[1], precision)
     shape: dict[str, Any] = {**sizes, "micro_batch_size": batch[0], "sequence_length": batch[1], "precision": precision}

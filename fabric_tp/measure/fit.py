@@ -56,7 +56,7 @@ def fit(
         if devices % size:
             continue
         try:
-            parallelize.check(whole, tensor_parallel_size=size, sequence_length=sequence_length)
+            parallelize.check(whole, tensor_parallel_size=size)
         except ValueError:
             continue
         sizes |= {"tensor_parallel_size": size, "data_parallel_size": devices // size}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -11,8 +12,10 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from fabric_tp import _torch
 from fabric_tp.autograd.kept_reductions import kept_reductions
+from fabric_tp.autograd.padding import Padding
 from fabric_tp.parallelize.compiled import compile_block
 from fabric_tp.parallelize.options import BlockOptions
+from fabric_tp.styles.style import LocalModule
 
 
 def checkpoint_or_compile(blocks: Iterable[nn.Module], options: BlockOptions) -> None:
@@ -20,17 +23,31 @@ def checkpoint_or_compile(blocks: Iterable[nn.Module], options: BlockOptions) ->
     for block in blocks:
         if options.compile:
             compile_block(block, POLICIES[options.activation_checkpointing])
-        elif options.activation_checkpointing == "full":
-            _torch.checkpoint(block)
-        elif options.activation_checkpointing == "selective":
-            _torch.checkpoint(block, context_fn=_keep_expensive)
+        elif options.activation_checkpointing != "none":
+            _torch.checkpoint(block, context_fn=partial(CONTEXTS[options.activation_checkpointing], _padding(block)))
 
 
-def _keep_expensive() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]
+"""Of the forward of a block, and of when it is computed again."""
+
+
+def _padding(block: nn.Module) -> Padding:
+    inner = (module.parallelized.padding for module in block.modules() if isinstance(module, LocalModule))
+    return next(inner, None) or Padding()
+
+
+def _keep_input(padding: Padding) -> Contexts:
+    return nullcontext(), padding.recomputation()
+
+
+def _keep_expensive(padding: Padding) -> Contexts:
     """Keep the results of attention, and those of reductions together with the products before them."""
     forward, recomputation = kept_reductions()
     attention = create_selective_checkpoint_contexts(_keep_attention)
-    return _Both(attention[0], forward), _Both(attention[1], recomputation)
+    return _Both(attention[0], forward), _Both(attention[1], recomputation, padding.recomputation())
+
+
+CONTEXTS = {"full": _keep_input, "selective": _keep_expensive}
 
 
 def _keep_nothing(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -24,8 +24,6 @@ from fabric_tp.parallelize.verification import verified, verify_without_ranks
 from fabric_tp.plan import Plan, apply_plan, check_plan
 from fabric_tp.plan.table import table
 from fabric_tp.random import broadcast, initialize, shared_seed
-from fabric_tp.styles import VocabParallelEmbedding
-from fabric_tp.styles.layout import check_sequence_length
 from fabric_tp.styles.random_module import follow_run, has_followers
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -91,21 +89,15 @@ class ParallelizeByPlan(BlockOptions):
         """The style of each module, by name pattern; checked as in :meth:`check`."""
         return self._checked(model, tensor_parallel_size).plan
 
-    def check(self, model: nn.Module, *, tensor_parallel_size: int, sequence_length: int | None = None) -> None:
+    def check(self, model: nn.Module, *, tensor_parallel_size: int) -> None:
         """Find out whether the model can be parallelized so, without processes or memory (a meta model will do).
 
         Raises:
             ValueError: The model is not of the architecture; a plan key matches nothing; a parameter is covered by no
-                style; heads, widths or the sequence length cannot be divided, with what works; a model that is verified
-                cannot run when it is divided, with the module and the line.
+                style; heads or widths cannot be divided, with what works; a model that is verified cannot run when it
+                is divided, with the module and the line.
         """
         derived = self._checked(model, tensor_parallel_size)
-        styles = derived.plan.values()
-        splits_sequence = any(
-            isinstance(style, VocabParallelEmbedding) and style.output_layout == "sequence" for style in styles
-        )
-        if sequence_length is not None and splits_sequence:
-            check_sequence_length(sequence_length, tensor_parallel_size)
         if derived.verify != "no" and tensor_parallel_size > 1:
             verify_without_ranks(model, derived.blocks, partial(_divide, derived=derived), tensor_parallel_size)
 

@@ -10,8 +10,8 @@ class TransformerOptions:
     """How a transformer is split, whatever its architecture."""
 
     sequence_parallel: bool = True
-    """Norms and residuals hold only this rank's part of the sequence. The same bytes on the wire, less memory; the
-    sequence length must be a multiple of the number of ranks."""
+    """Norms and residuals hold only this rank's part of the sequence. The same bytes on the wire, less memory. Any
+    length will do; one that the ranks do not divide is filled up on the way, at the cost of copies."""
     regather: bool = True
     """With ``sequence_parallel``, keep only this rank's part of what is gathered before attention, MLP and head, and
     gather it again in the backward, beside the gradient of the input: two more gathers a layer, and ``4 s b h`` bytes

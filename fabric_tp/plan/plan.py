@@ -18,9 +18,10 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
 )
 
+from fabric_tp.autograd.padding import Padding
 from fabric_tp.styles import Style
 from fabric_tp.styles.attention_heads import HEADS
-from fabric_tp.styles.style import own_parameters
+from fabric_tp.styles.style import LocalModule, own_parameters
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
@@ -155,6 +156,10 @@ def apply_plan(plan: Mapping[str, ParallelStyle], model: nn.Module, mesh: Device
         for _, module in modules:
             plan[pattern]._apply(module, mesh)
     tie(model, tied)
+    padding = Padding()
+    for module in model.modules():
+        if isinstance(module, LocalModule):
+            module.parallelized.padding = padding
 
 
 def tied_parameters(model: nn.Module) -> list[list[str]]:

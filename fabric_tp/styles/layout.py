@@ -26,13 +26,41 @@ from fabric_tp.autograd.linear import enter
 from fabric_tp.styles.style import Parallelized
 
 
-def enter_sharded(this: Parallelized, x: Tensor, layout: Layout | None, regather: bool = False) -> Tensor:
-    """The whole input of a sharded computation, of which each rank adds a part to the gradient."""
+def enter_sharded(
+    this: Parallelized, x: Tensor, layout: Layout | None, regather: bool = False, padding: int | None = None
+) -> Tensor:
+    """The whole input of a sharded computation, of which each rank adds a part to the gradient.
+
+    Args:
+        padding: Rows that fill up the sequence; by default those of the forward that is running.
+    """
     if layout is None or this.group.size == 1:
         return x
-    if layout == "sequence" and not regather:
-        return gather(x, this.group)
-    return enter(x, this.group, sequence=layout == "sequence")
+    if layout == "replicate":
+        return enter(x, this.group, sequence=False)
+    rows = padding_of(this) if padding is None else padding
+    return enter(x, this.group, sequence=True, padding=rows) if regather else gather(x, this.group, padding=rows)
+
+
+def padding_of(this: Parallelized) -> int:
+    """Rows that fill up the sequence of the forward that is running."""
+    return this.padding.rows if this.padding else 0
+
+
+def divide_sequence(this: Parallelized, length: int) -> None:
+    """A forward begins to divide a sequence of this length among the ranks.
+
+    Raises:
+        ValueError: They do not divide it, and the modules that gather it cannot know how it was filled up.
+    """
+    if this.padding:
+        this.padding.note(length, this.group.size)
+    elif length % this.group.size:
+        raise ValueError(
+            f"The sequence length is {length}, and no multiple of tensor_parallel_size={this.group.size}. A model that"
+            " fabric_tp.from_plan(plan) parallelizes takes sequences of any length; with torch's parallelize_module pad"
+            f" the batch to {length + -length % this.group.size}, or use the layout 'replicate'."
+        )
 
 
 def entering(layout: Layout | None, regather: bool) -> tuple[str, str]:
@@ -59,11 +87,3 @@ def leaving(layout: Layout | None) -> tuple[str, str]:
 def join(first: tuple[str, str], second: tuple[str, str]) -> tuple[str, str]:
     forward, backward = (" + ".join(filter(None, pair)) for pair in zip(first, second, strict=True))
     return forward, backward
-
-
-def check_sequence_length(length: int, size: int) -> None:
-    if length % size:
-        raise ValueError(
-            f"With sequence_parallel=True the sequence length must be a multiple of tensor_parallel_size={size}, but is"
-            f" {length}. Pad the batch to {length + -length % size}, or use sequence_parallel=False."
-        )

@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor, Shard
 from fabric_tp.autograd.collectives import Layout, gather_replicated
 from fabric_tp.loss.deferred import DeferredLogits, LMHeadCall, autocast
 from fabric_tp.styles.colwise import Colwise
-from fabric_tp.styles.layout import enter_sharded
+from fabric_tp.styles.layout import enter_sharded, padding_of
 from fabric_tp.styles.style import LocalModule, Parallelized
 
 
@@ -20,7 +20,7 @@ class _LMHead(LocalModule):
             return super().compute(x)
 
         def logits(call: LMHeadCall, rows: Tensor | None) -> Tensor:
-            x = enter_sharded(this, call.hidden, call.layout)
+            x = enter_sharded(this, call.hidden, call.layout, padding=call.padding)
             if rows is not None:
                 x = x.flatten(0, -2)[rows]
             return style.sharded(this, F.linear(x, call.weight, call.bias))
@@ -28,9 +28,16 @@ class _LMHead(LocalModule):
         hidden, weight, bias = (autocast(tensor) for tensor in (x, self.weight, self.bias))
         layout = style.input_layout
         assert layout
-        return DeferredLogits.of(
-            LMHeadCall(hidden=hidden, weight=weight, bias=bias, group=this.group, layout=layout, compute=logits)
+        call = LMHeadCall(
+            hidden=hidden,
+            weight=weight,
+            bias=bias,
+            group=this.group,
+            layout=layout,
+            padding=padding_of(this),
+            compute=logits,
         )
+        return DeferredLogits.of(call)
 
 
 class LMHead(Colwise):

@@ -29,7 +29,7 @@ class LowRankRowwise(Style):
     ===============  ===========  ========  ======  =================  ==============  ==========  ===============
 
     Raises:
-        ValueError: The number of ranks does not divide the input features or, for ``"sequence"``, the sequence length.
+        ValueError: The number of ranks does not divide the input features.
 
     Example::
 

@@ -43,7 +43,6 @@ class ParallelResidual(Style):
 
     Raises:
         AttributeError: The block has no module of such a name.
-        ValueError: For ``"sequence"``, the number of ranks does not divide the sequence length.
 
     Example::
 

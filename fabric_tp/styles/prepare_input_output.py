@@ -43,9 +43,6 @@ class PrepareInputOutput(PrepareInput):
                                                                            reduce-scatter  reduce-scatter
     ===============  ===============  ===========  =========  ===========  ==============  =======================
 
-    Raises:
-        ValueError: For ``"sequence"``, the number of ranks does not divide the sequence length.
-
     Example::
 
         plan = {

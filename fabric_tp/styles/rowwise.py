@@ -53,8 +53,7 @@ class Rowwise(Style):
     ===============  ===========  ========  =================  ==============  ==========  =============
 
     Raises:
-        ValueError: The module is no ``nn.Linear``; the number of ranks does not divide the input features or, for
-            ``"sequence"``, the sequence length.
+        ValueError: The module is no ``nn.Linear``; the number of ranks does not divide the input features.
 
     Example::
 

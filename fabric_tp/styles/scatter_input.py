@@ -2,7 +2,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fabric_tp.autograd.collectives import scatter
+from fabric_tp.autograd.collectives import SEQUENCE_DIM, scatter
+from fabric_tp.styles.layout import divide_sequence
 from fabric_tp.styles.style import Parallelized, Style
 
 
@@ -15,15 +16,13 @@ class ScatterInput(Style):
     (b, s, h)  (b, s/t, h)           all-gather
     =========  ===========  =======  ==========
 
-    Raises:
-        ValueError: The number of ranks does not divide the sequence length.
-
     Example::
 
         plan = {"embed_tokens": VocabParallelEmbedding(), "layers.0": ScatterInput()}
     """
 
     def enter(self, this: Parallelized, x: Tensor) -> Tensor:
+        divide_sequence(this, x.shape[SEQUENCE_DIM])
         return scatter(x, this.group)
 
     def collectives(self) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from fabric_tp.autograd.collectives import Group
 from fabric_tp.autograd.linear import linear
+from fabric_tp.autograd.padding import Padding
 
 StyleOf = TypeVar("StyleOf", bound="Style")
 
@@ -36,6 +37,8 @@ class Parallelized(Generic[StyleOf]):
     sum_is_deferred: bool = False
     """Somebody sums the partial gradients later, so they leave labelled as what they will then be."""
     grad_placements: dict[str, list[Placement]] = field(default_factory=dict)
+    padding: Padding | None = None
+    """Of the model; None where torch's ``parallelize_module`` applied the style, which knows no model."""
 
     def defer_sum(self) -> None:
         self.sum_is_deferred = True

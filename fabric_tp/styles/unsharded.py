@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from fabric_tp.autograd.collectives import SEQUENCE_DIM, Layout, gather_replicated, scatter
+from fabric_tp.styles.layout import padding_of
 from fabric_tp.styles.style import Parallelized, Style
 
 
@@ -32,7 +33,7 @@ class Unsharded(Style):
         self.layout = layout
 
     def enter(self, this: Parallelized, x: Tensor) -> Tensor:
-        return gather_replicated(x, this.group, SEQUENCE_DIM) if self.layout == "sequence" else x
+        return gather_replicated(x, this.group, SEQUENCE_DIM, padding_of(this)) if self.layout == "sequence" else x
 
     def leave(self, this: Parallelized, y: Any) -> Any:
         if self.layout != "sequence":

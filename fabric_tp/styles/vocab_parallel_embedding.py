@@ -8,7 +8,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from fabric_tp import _torch
 from fabric_tp.autograd.collectives import SEQUENCE_DIM, Layout, reduce, reduce_scatter
-from fabric_tp.styles.layout import check_sequence_length
+from fabric_tp.styles.layout import divide_sequence
 from fabric_tp.styles.style import LocalModule, Parallelized, Style
 
 
@@ -68,8 +68,7 @@ class VocabParallelEmbedding(Style):
 
     Raises:
         ValueError: The module is no ``nn.Embedding``, or one with ``max_norm``, ``scale_grad_by_freq`` or ``sparse``;
-            a token is not in the vocabulary; the number of ranks does not divide the vocabulary or, for
-            ``"sequence"``, the sequence length.
+            a token is not in the vocabulary; the number of ranks does not divide the vocabulary.
 
     Example::
 
@@ -95,7 +94,7 @@ class VocabParallelEmbedding(Style):
 
     def enter(self, this: Parallelized, x: Tensor) -> Tensor:
         if self.output_layout == "sequence":
-            check_sequence_length(x.shape[SEQUENCE_DIM], this.group.size)
+            divide_sequence(this, x.shape[SEQUENCE_DIM])
         return x
 
     def leave(self, this: Parallelized, y: Tensor) -> Tensor:

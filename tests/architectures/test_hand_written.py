@@ -53,6 +53,12 @@ def test_equals_one_device(pool, sizes, sequence_parallel) -> None:
     assert_equal(pool, build, parallelize_fn, sizes, inputs=batch(2 * sizes[0]), steps=3)
 
 
+def test_a_length_that_three_ranks_do_not_divide(pool) -> None:
+    inputs = {"input_ids": batch(2)["input_ids"][:, :-2], "attn_mask": batch(2)["attn_mask"][..., :-2, :-2]}
+    assert inputs["input_ids"].shape[1] % 3
+    assert_equal(pool, build, fabric_tp.auto(), (1, 3), inputs=inputs)
+
+
 def undivided_heads(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if name.endswith("self_attn"):

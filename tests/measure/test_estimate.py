@@ -172,7 +172,6 @@ def test_the_config_of_others_stays_as_it_is() -> None:
     ("arguments", "message"),
     [
         ({"tensor_parallel_size": 3}, "the sizes that work"),
-        ({"tensor_parallel_size": 2, "sequence_length": 33}, "multiple of tensor_parallel_size=2"),
         ({"data_parallel_size": 0}, "data_parallel_size=0"),
         ({"precision": "16-true"}, "precision='16-true'"),
     ],

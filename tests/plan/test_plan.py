@@ -16,7 +16,7 @@ import fabric_tp
 from fabric_tp.plan import resolve
 from fabric_tp.styles import Colwise, Replicated, Rowwise, SharedHeads, VocabParallelEmbedding
 from fabric_tp.testing.ranks import mesh
-from tests.models import LENGTH, VOCABULARY, FeedForward, build, litgpt_config
+from tests.models import VOCABULARY, FeedForward, build, litgpt_config
 
 
 def assert_refused(*messages: str, model: nn.Module, size: int, parallelize: fabric_tp.Parallelize) -> None:
@@ -63,7 +63,7 @@ def test_no_ranks(size) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_sizes_that_work(size) -> None:
-    fabric_tp.litgpt().check(build("Llama-3-8B"), tensor_parallel_size=size, sequence_length=LENGTH)
+    fabric_tp.litgpt().check(build("Llama-3-8B"), tensor_parallel_size=size)
 
 
 def test_key_that_matches_nothing() -> None:
@@ -124,31 +124,6 @@ def test_unknown_architecture() -> None:
 def test_option_values(factory, option, value, works) -> None:
     with pytest.raises(ValueError, match=f"{option}='{value}' is not known; it must be one of {works}"):
         getattr(fabric_tp, factory)(**{option: value})
-
-
-SEQUENCE_LENGTH = (
-    r"With sequence_parallel=True the sequence length must be a multiple of tensor_parallel_size=2, but is 15\."
-    r" Pad the batch to 16, or use sequence_parallel=False\."
-)
-
-
-def test_sequence_length() -> None:
-    with pytest.raises(ValueError, match=SEQUENCE_LENGTH):
-        fabric_tp.litgpt().check(build("Llama-3-8B"), tensor_parallel_size=2, sequence_length=15)
-
-
-def test_sequence_length_without_sequence_parallel() -> None:
-    fabric_tp.litgpt(sequence_parallel=False).check(build("Llama-3-8B"), tensor_parallel_size=2, sequence_length=15)
-
-
-def refuses_sequence_length() -> None:
-    model = fabric_tp.litgpt()(build("Llama-3-8B"), mesh(1, 2))
-    with pytest.raises(ValueError, match=SEQUENCE_LENGTH):
-        model(torch.zeros(1, 15, dtype=torch.int64))
-
-
-def test_sequence_length_of_a_batch(pool) -> None:
-    pool(2)(refuses_sequence_length)
 
 
 def refuses_tokens(token: int) -> None:

@@ -81,6 +81,4 @@ def test_configs(name: str) -> None:
         sizes_of(args, groups * (args.tensor_parallel_size or 1))
     with torch.device("meta"):
         model = GPT(model_config(args))
-    fabric_tp.litgpt().check(
-        model, tensor_parallel_size=args.tensor_parallel_size or 2, sequence_length=args.max_seq_length
-    )
+    fabric_tp.litgpt().check(model, tensor_parallel_size=args.tensor_parallel_size or 2)
