@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -83,8 +84,9 @@ def _row(logits: Tensor, position: int) -> Tensor:
         return _row(selected.compute(), 0)
     if not isinstance(logits, DTensor):
         return logits[0, position]
-    group = Group.of(logits.device_mesh)
-    return _torch.all_gather(logits.to_local()[0, position].contiguous(), group.size, group.name)
+    group, row, vocabulary = Group.of(logits.device_mesh), logits.to_local()[0, position], logits.shape[-1]
+    row = F.pad(row, (0, -(-vocabulary // group.size) - len(row)))
+    return _torch.all_gather(row.contiguous(), group.size, group.name)[:vocabulary]
 
 
 def _choose(logits: Tensor, generator: torch.Generator, temperature: float, top_k: int | None) -> int:

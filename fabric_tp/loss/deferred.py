@@ -27,6 +27,8 @@ class LMHeadCall:
     weight: Tensor
     """``(v/t, h)``"""
     bias: Tensor | None
+    vocabulary: int
+    """v, which the ranks need not divide."""
     group: Group
     layout: Layout
     padding: int
@@ -42,7 +44,7 @@ class LMHeadCall:
     def shape(self) -> tuple[int, ...]:
         """Of the logits."""
         shape = list(self.hidden.shape)
-        shape[-1] = len(self.weight) * self.group.size
+        shape[-1] = self.vocabulary
         if self.layout == "sequence":
             shape[SEQUENCE_DIM] = shape[SEQUENCE_DIM] * self.group.size - self.padding
         return tuple(shape)

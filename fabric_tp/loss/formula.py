@@ -99,7 +99,10 @@ class Formula:
         maxima, denominators, targets, totals = stack_over_ranks(own, self.vocabulary.group).unbind(1)
         maximum = maxima.amax(0)
         below = maxima - maximum
-        total = (totals + self.vocabulary.columns * below).sum(0) if self.options.label_smoothing else None
+        total = None
+        if self.options.label_smoothing:
+            columns = [self.vocabulary.columns(rank) for rank in range(len(below))]
+            total = (totals + below.new_tensor(columns)[:, None] * below).sum(0)
         return Statistics(maximum, (denominators * below.exp()).sum(0), targets.sum(0), total)
 
     def loss(self, statistics: Statistics) -> Tensor:

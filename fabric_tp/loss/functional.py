@@ -12,6 +12,7 @@ from fabric_tp.autograd.padding import rows_to_fill
 from fabric_tp.loss.deferred import DeferredLogits
 from fabric_tp.loss.fused import deferred_loss, linear_loss
 from fabric_tp.loss.options import CHUNK_SIZE, LossOptions, Reduction
+from fabric_tp.loss.targets import Vocabulary
 from fabric_tp.loss.vocab_parallel import vocab_parallel_loss
 
 
@@ -60,7 +61,7 @@ def cross_entropy(
         logits = logits.compute()
     if not isinstance(logits, DeferredLogits):
         local, group = _local(logits, logits.dim() - 1, "tensor of logits")
-        return vocab_parallel_loss(local, targets, group, options)
+        return vocab_parallel_loss(local, targets, Vocabulary(logits.shape[-1], group), options)
     return deferred_loss(logits, targets, options)
 
 
@@ -89,7 +90,7 @@ def linear_cross_entropy(
         hidden: ``(..., h)``, the same on every rank; under ``input_layout="sequence"`` this rank's ``(b, s/t, h)``,
             rounded up, of a sequence with rows at its end that do not count.
         weight: ``(v, h)``, a DTensor ``Shard(0)`` on the tensor-parallel mesh; or a plain tensor, which is this rank's
-            ``(v/t, h)`` if ``mesh`` is given and the whole vocabulary otherwise.
+            ``(v/t, h)`` if ``mesh`` is given, of as many rows as every other's, and the whole vocabulary otherwise.
         targets: ``(...)`` or ``(b, s)``, whole and the same on every rank.
         bias: ``(v,)``, in the form of ``weight``.
         mesh: The one-dimensional tensor-parallel mesh of a plain ``weight``.
@@ -112,8 +113,9 @@ def linear_cross_entropy(
     )
     local_weight, local_bias, group = _local_layer(weight, bias, mesh)
     _check_linear(hidden, local_weight, local_bias, targets, group, input_layout)
-    _check_targets(targets, len(local_weight) * group.size, ignore_index)
-    return linear_loss(hidden, local_weight, local_bias, targets, group, input_layout, options)
+    vocabulary = Vocabulary(len(weight) if isinstance(weight, DTensor) else len(weight) * group.size, group)
+    _check_targets(targets, vocabulary.size, ignore_index)
+    return linear_loss(hidden, local_weight, local_bias, targets, vocabulary, input_layout, options)
 
 
 def _local(x: Tensor, dim: int, name: str, hint: str = "") -> tuple[Tensor, Group]:

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from fabric_tp.autograd.collectives import SEQUENCE_DIM, Group, Layout
+from fabric_tp.autograd.collectives import SEQUENCE_DIM, Layout
 from fabric_tp.autograd.padding import rows_to_fill
 from fabric_tp.loss.chunks import Chunks, Gradients
 from fabric_tp.loss.deferred import DeferredLogits, autocast
@@ -47,7 +47,8 @@ def deferred_loss(logits: DeferredLogits, targets: Tensor, options: LossOptions)
         every = targets.new_full(call.shape[:-1], options.ignore_index)
         every.view(-1)[rows] = targets
     options = replace(options, softcap=logits.softcap)
-    losses = linear_loss(call.hidden, call.weight, call.bias, every, call.group, call.layout, options)
+    vocabulary = Vocabulary(call.vocabulary, call.group)
+    losses = linear_loss(call.hidden, call.weight, call.bias, every, vocabulary, call.layout, options)
     return losses if rows is None or options.reduction != "none" else losses.flatten()[rows]
 
 
@@ -56,7 +57,7 @@ def linear_loss(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    group: Group,
+    vocabulary: Vocabulary,
     layout: Layout,
     options: LossOptions,
 ) -> Tensor:
@@ -67,11 +68,11 @@ def linear_loss(
         weight: ``(v/t, h)``.
         bias: ``(v/t,)``.
         targets: ``(...)`` or ``(b, s)``, whole.
-        group: Over which the vocabulary is split.
+        vocabulary: Whose columns the weight makes.
         layout: Of ``hidden``.
         options: Of the loss.
     """
-    formula = Formula(Vocabulary(len(weight), group), options)
+    formula, group = Formula(vocabulary, options), vocabulary.group
     gathers = layout == "sequence" and group.size > 1
     by_rank = targets
     if gathers:  # the rows of each rank one after the other, as a gather without copies leaves them

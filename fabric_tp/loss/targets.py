@@ -56,17 +56,22 @@ class LocalTargets(NamedTuple):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The columns of the logits: the same number on each rank of ``group``, one rank after the other."""
+    """The columns of the logits: each rank of ``group`` has the next ``ceil(v / t)``, and the last one what is left."""
 
-    columns: int
-    """On each rank."""
+    size: int
+    """``v``, on all ranks."""
     group: Group
 
-    @property
-    def size(self) -> int:
-        return self.columns * self.group.size
+    def columns(self, rank: int) -> int:
+        """How many a rank has."""
+        share = -(-self.size // self.group.size)
+        return max(0, min(share, self.size - share * rank))
+
+    def first(self, rank: int) -> int:
+        """Number of a rank's first column among all."""
+        return -(-self.size // self.group.size) * rank
 
     def locate(self, targets: Tensor) -> LocalTargets:
-        local = targets - self.columns * self.group.rank
-        elsewhere = (local < 0) | (local >= self.columns)
+        local = targets - self.first(self.group.rank)
+        elsewhere = (local < 0) | (local >= self.columns(self.group.rank))
         return LocalTargets(local.masked_fill_(elsewhere, 0), elsewhere)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fabric_tp.autograd.collectives import Group, maximum_over_ranks, sum_over_ranks
+from fabric_tp.autograd.collectives import maximum_over_ranks, sum_over_ranks
 from fabric_tp.loss.formula import Formula, Statistics, wide
 from fabric_tp.loss.options import LossOptions
 from fabric_tp.loss.targets import Vocabulary
@@ -20,16 +20,16 @@ CHUNK_ELEMENTS = 2**22
 """Logits that are turned into fp32 at a time, so that no fp32 copy of all of them exists."""
 
 
-def vocab_parallel_loss(logits: Tensor, targets: Tensor, group: Group, options: LossOptions) -> Tensor:
+def vocab_parallel_loss(logits: Tensor, targets: Tensor, vocabulary: Vocabulary, options: LossOptions) -> Tensor:
     """The loss ``(...)`` or, reduced, ``()``.
 
     Args:
         logits: This rank's columns, ``(..., v/t)``, of any strides.
         targets: ``(...)``.
-        group: Over which the vocabulary is split.
+        vocabulary: Whose columns they are.
         options: Of the loss.
     """
-    formula = Formula(Vocabulary(logits.shape[-1], group), options)
+    formula = Formula(vocabulary, options)
     losses = _VocabParallel.apply(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), formula)
     return losses.view(targets.shape) if options.reduction == "none" else options.of_sum(losses.sum(), targets)
 

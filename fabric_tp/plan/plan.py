@@ -74,6 +74,7 @@ def check_plan(
                     style.validate(module)
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from None
+                style.check_rounded(name, module, tensor_parallel_size)
                 divided[name] = style.divided(module)
     _check_sizes(divided, tensor_parallel_size)
     _check_coverage(plan, matched, model, derived_from)

@@ -62,7 +62,7 @@ def _shapes(
     for name, whole in shapes.items():
         placement = placements.get(name)
         dim = placement.dim if isinstance(placement, Shard) else None
-        yield name, (tuple(whole), tuple(n // size if i == dim else n for i, n in enumerate(whole)))
+        yield name, (tuple(whole), tuple(-(-n // size) if i == dim else n for i, n in enumerate(whole)))
 
 
 def _times(shape: tuple[int, ...]) -> str:

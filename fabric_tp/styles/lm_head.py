@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
@@ -13,6 +16,13 @@ from fabric_tp.styles.style import LocalModule, Parallelized
 
 class _LMHead(LocalModule):
     parallelized: Parallelized[LMHead]
+    vocabulary: int
+    """v, which the ranks need not divide; 0 where it is not this module's own weight that makes them."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        y, this = super().forward(*args, **kwargs), self.parallelized
+        vocabulary = self.vocabulary or y.shape[-1] * this.group.size
+        return y if this.style.fused_loss else this.style.sharded(this, y, vocabulary)
 
     def compute(self, x: Tensor) -> Tensor:
         this, style = self.parallelized, self.parallelized.style
@@ -23,7 +33,7 @@ class _LMHead(LocalModule):
             x = enter_sharded(this, call.hidden, call.layout, padding=call.padding)
             if rows is not None:
                 x = x.flatten(0, -2)[rows]
-            return style.sharded(this, F.linear(x, call.weight, call.bias))
+            return style.sharded(this, F.linear(x, call.weight, call.bias), call.vocabulary)
 
         hidden, weight, bias = (autocast(tensor) for tensor in (x, self.weight, self.bias))
         layout = style.input_layout
@@ -32,6 +42,7 @@ class _LMHead(LocalModule):
             hidden=hidden,
             weight=weight,
             bias=bias,
+            vocabulary=self.vocabulary,
             group=this.group,
             layout=layout,
             padding=padding_of(this),
@@ -65,8 +76,8 @@ class LMHead(Colwise):
     ===============  =============  ===========  ========  ===========  ===========  ==============
 
     Raises:
-        ValueError: ``fused_loss`` for a head that is no ``nn.Linear``, or whose ``input_layout`` is None; the number of
-            ranks does not divide the vocabulary.
+        ValueError: ``fused_loss`` for a head that is no ``nn.Linear``, or whose ``input_layout`` is None; the
+            vocabulary is so small that it leaves nothing for the last rank.
 
     Example::
 
@@ -74,6 +85,7 @@ class LMHead(Colwise):
     """
 
     module_class = _LMHead
+    rounds_up = True
 
     def __init__(
         self,
@@ -96,17 +108,21 @@ class LMHead(Colwise):
                 " Use fused_loss=False."
             )
 
+    def prepare(self, module: nn.Module, this: Parallelized) -> None:
+        module.vocabulary = next(iter(self.split_sizes(module).values()), 0)  # type: ignore[assignment]
+
     def enter(self, this: Parallelized, x: Tensor) -> Tensor:
         return x if self.fused_loss else super().enter(this, x)
 
-    def leave(self, this: Parallelized, y: Tensor) -> Tensor:
-        return y if self.fused_loss else self.sharded(this, y)
-
-    def sharded(self, this: Parallelized, y: Tensor) -> Tensor:
+    def sharded(self, this: Parallelized, y: Tensor, vocabulary: int) -> Tensor:
         """This rank's logits, as the model returns them."""
-        if self.loss_parallel:
-            return DTensor.from_local(y, this.mesh, [Shard(y.dim() - 1)], run_check=False)
-        return gather_replicated(y, this.group)
+        if not self.loss_parallel:
+            padding = -vocabulary % this.group.size
+            share = (vocabulary + padding) // this.group.size
+            return gather_replicated(F.pad(y, (0, share - y.shape[-1])), this.group, padding=padding)
+        shape = torch.Size((*y.shape[:-1], vocabulary))
+        stride = tuple(shape[dim + 1 :].numel() for dim in range(len(shape)))
+        return DTensor.from_local(y, this.mesh, [Shard(y.dim() - 1)], run_check=False, shape=shape, stride=stride)
 
     def collectives(self) -> tuple[str, str]:
         forward, backward = super().collectives()

@@ -134,6 +134,9 @@ class Style(ParallelStyle):
     """
 
     module_class: ClassVar[type[LocalModule]] = LocalModule
+    rounds_up: ClassVar[bool] = False
+    """Each rank has the next ``ceil(n / t)`` of what is split, and the last one what is left, which must be something.
+    Otherwise the number of ranks must divide it."""
 
     def placements(self, module: nn.Module) -> Mapping[str, Placement]:
         """Placement of each parameter that the module, itself or in its own parts, holds when it is parallelized."""
@@ -153,11 +156,27 @@ class Style(ParallelStyle):
 
     def divided(self, module: nn.Module) -> Mapping[str, int]:
         """What the number of tensor-parallel ranks must divide, by a name for the error message."""
+        return {} if self.rounds_up else self.split_sizes(module)
+
+    def split_sizes(self, module: nn.Module) -> Mapping[str, int]:
+        """The sizes of the parameters that are split, by a name for the error message."""
         return {
             f"{name}.shape[{placement.dim}]": self.shapes(module)[name][placement.dim]
             for name, placement in self.placements(module).items()
             if isinstance(placement, Shard)
         }
+
+    def check_rounded(self, name: str, module: nn.Module, size: int) -> None:
+        """
+        Raises:
+            ValueError: A rank would be left with nothing.
+        """
+        for what, number in self.split_sizes(module).items() if self.rounds_up else ():
+            if -(-number // size) * (size - 1) >= number:
+                raise ValueError(
+                    f"tensor_parallel_size={size} is too much for {what}={number} of {name}: {-(-number // size)} on"
+                    f" each rank leave nothing for the last."
+                )
 
     def validate(self, module: nn.Module) -> None:
         """Raise ValueError if this style cannot be right for the module."""
@@ -186,6 +205,7 @@ class Style(ParallelStyle):
         self.validate(module)
         group = Group.of(device_mesh)
         check_divisible(type(module).__name__, self.divided(module), group.size)
+        self.check_rounded(type(module).__name__, module, group.size)
         this = Parallelized(self, device_mesh, group, *_first_parameter(module))
         this.partial = self.partial(module) if group.size > 1 else frozenset()
         places = self.placements(module).items()

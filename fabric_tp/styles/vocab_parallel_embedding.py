@@ -14,14 +14,16 @@ from fabric_tp.styles.style import LocalModule, Parallelized, Style
 
 class _VocabParallelEmbedding(LocalModule):
     padding_idx: int | None
+    vocabulary: int
+    """v, which the ranks need not divide."""
 
     def compute(self, tokens: Tensor) -> Tensor:
         """The module's own forward, which may scale what it looks up, on the tokens of this rank's rows."""
         this, weight = self.parallelized, self.weight
         assert isinstance(weight, Tensor)
         rows = weight.shape[0]
-        first = this.group.rank * rows
-        check_tokens(tokens, rows * this.group.size)
+        first = this.group.rank * -(-self.vocabulary // this.group.size)
+        check_tokens(tokens, self.vocabulary)
         if this.group.size == 1:
             return super().compute(tokens)
         local = tokens - first
@@ -68,7 +70,7 @@ class VocabParallelEmbedding(Style):
 
     Raises:
         ValueError: The module is no ``nn.Embedding``, or one with ``max_norm``, ``scale_grad_by_freq`` or ``sparse``;
-            a token is not in the vocabulary; the number of ranks does not divide the vocabulary.
+            a token is not in the vocabulary; the vocabulary is so small that it leaves nothing for the last rank.
 
     Example::
 
@@ -76,6 +78,7 @@ class VocabParallelEmbedding(Style):
     """
 
     module_class = _VocabParallelEmbedding
+    rounds_up = True
 
     def __init__(self, output_layout: Layout = "replicate") -> None:
         self.output_layout = output_layout
@@ -91,6 +94,9 @@ class VocabParallelEmbedding(Style):
 
     def placements(self, module: nn.Module) -> Mapping[str, Placement]:
         return {"weight": Shard(0)}
+
+    def prepare(self, module: nn.Module, this: Parallelized) -> None:
+        module.vocabulary = module.get_parameter("weight").shape[0]  # type: ignore[assignment]
 
     def enter(self, this: Parallelized, x: Tensor) -> Tensor:
         if self.output_layout == "sequence":

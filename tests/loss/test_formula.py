@@ -24,7 +24,9 @@ Combined = tuple[Statistics, list[Tensor | None]]
 
 def formulas(columns: int, **options: Any) -> list[Formula]:
     """Of two ranks."""
-    return [Formula(Vocabulary(columns, Group("", 2, rank)), LossOptions(**{**DEFAULTS, **options})) for rank in (0, 1)]
+    return [
+        Formula(Vocabulary(2 * columns, Group("", 2, rank)), LossOptions(**{**DEFAULTS, **options})) for rank in (0, 1)
+    ]
 
 
 def agreed_maximum(ranks: list[Formula], parts: list[Tensor], targets: Tensor) -> Combined:

@@ -13,14 +13,24 @@ from fabric_tp.testing.ranks import mesh
 
 def test_a_target_is_a_column_of_one_rank() -> None:
     targets = torch.tensor([0, 7, 8, 23, -100, 5])
-    shards = [Vocabulary(8, Group("", 3, rank)) for rank in range(3)]
-    assert [shard.size for shard in shards] == [24] * 3
+    shards = [Vocabulary(24, Group("", 3, rank)) for rank in range(3)]
     columns, elsewhere = zip(*(shard.locate(targets) for shard in shards), strict=True)
     here = ~torch.stack(elsewhere)
     assert here.sum(0).tolist() == [1, 1, 1, 1, 0, 1]
     whole = torch.stack(columns) + torch.tensor([[0], [8], [16]])
     assert (whole[here] == targets.expand(3, -1)[here]).all()
     assert (torch.stack(columns)[~here] == 0).all()  # what is elsewhere must still be a column
+
+
+def test_the_last_rank_has_what_is_left() -> None:
+    shards = [Vocabulary(10, Group("", 3, rank)) for rank in range(3)]
+    assert [[shard.columns(rank) for rank in range(3)] for shard in shards] == [[4, 4, 2]] * 3
+    targets = torch.arange(-1, 11)
+    columns, elsewhere = zip(*(shard.locate(targets) for shard in shards), strict=True)
+    here = ~torch.stack(elsewhere)
+    assert here.sum(0).tolist() == [0, *[1] * 10, 0]
+    whole = torch.stack(columns) + torch.tensor([[0], [4], [8]])
+    assert (whole[here] == targets.expand(3, -1)[here]).all()
 
 
 def count(sizes: tuple[int, int], ignored: list[int], **options: int) -> float:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from litgpt import GPT
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -16,7 +15,7 @@ import fabric_tp
 from fabric_tp.plan import resolve
 from fabric_tp.styles import Colwise, Replicated, Rowwise, SharedHeads, VocabParallelEmbedding
 from fabric_tp.testing.ranks import mesh
-from tests.models import VOCABULARY, FeedForward, build, litgpt_config
+from tests.models import VOCABULARY, FeedForward, build
 
 
 def assert_refused(*messages: str, model: nn.Module, size: int, parallelize: fabric_tp.Parallelize) -> None:
@@ -47,12 +46,6 @@ def test_width_not_divisible() -> None:
     model = FeedForward(8, 30)
     messages = ("tensor_parallel_size=4", "weight.shape[0]=30", "w1", "are 1, 2, 3, 5, 6, 10, 15, 30.")
     assert_refused(*messages, model=model, size=4, parallelize=fabric_tp.feed_forward())
-
-
-def test_vocabulary_not_divisible() -> None:
-    model = GPT(litgpt_config("Llama-3-8B", padded_vocab_size=98))
-    messages = ("tensor_parallel_size=4", "weight.shape[0]=98", "transformer.wte", "are 1, 2.")
-    assert_refused(*messages, model=model, size=4, parallelize=fabric_tp.litgpt())
 
 
 @pytest.mark.parametrize("size", [0, -2])
