@@ -87,6 +87,8 @@ class Attention:
     """Its own parameters that have a number for each query head, such as attention sinks."""
     dropout_rates: tuple[str, ...] = ()
     """Attributes that hold the rate of dropout inside the attention's kernel."""
+    key_value_input: str = ""
+    """Argument of its forward with what keys and values are made of, where that is not the block's own input."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ class FeedForward:
     """Linear layers to several things of the hidden width."""
     whole: tuple[str, ...] = ()
     """Modules whose parameters all hidden features share, such as an activation with a learned slope."""
+    takes_rows: bool = False
+    """Of a block's own layers: the block may give them tokens in a row, ``(b * s, h)``."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,8 @@ class Block:
     attention: Attention
     feed_forward: FeedForward
     experts: Experts | None = None
+    cross_attention: Attention | None = None
+    """A second attention, to the output of an encoder, that some models have; its forward need not be called."""
     dropout_rates: tuple[str, ...] = ()
     """Attributes that hold a rate of dropout in the block's own forward, without a module; it must be 0."""
     shared_norm: Callable[[nn.Module], str | None] | None = None
@@ -158,9 +164,14 @@ class Architecture:
     block: Block | None = None
     positions: tuple[str, ...] = ()
     """Learned embeddings of positions, added to the embedding's output; they need ``measures_embedding``."""
+    before_blocks: tuple[str, ...] = ()
+    """Further modules between the embedding and the blocks, such as a norm; they need ``measures_embedding``."""
+    after_blocks: tuple[str, ...] = ()
+    """Further modules between the blocks and the head, such as a projection, or a norm that not all models have."""
     dropout_rates: tuple[str, ...] = ()
     """Paths to attributes that hold a rate of dropout in the model's own forward; it must be 0."""
     norm: str = ""
+    """Between the blocks and the head; empty where there may be none."""
     head: str = ""
     feed_forward: FeedForward | None = None
     lean: str = ""
@@ -177,16 +188,20 @@ class Architecture:
     """Arguments of the forward that make it cut the sequence into pieces, of which each rank has only a part."""
     tested: tuple[str, ...] = ()
     """Classes, by module and name, of which tests cover every variant. Others are verified: ``Parallelize.verify``."""
+    classes: tuple[str, ...] = ()
+    """The only classes, by module and name, that this describes; empty: every one that has these modules."""
     measures_embedding: bool = False
     """The model takes the sequence length from the embedding's output, which must then be whole on every rank."""
 
     @property
     def ends(self) -> tuple[tuple[str, ...], ...]:
         """What comes before the blocks, and what after them."""
-        return ((self.embedding,), (self.norm, self.head)) if self.block else ()
+        return ((self.embedding,), tuple(filter(None, (self.norm, self.head)))) if self.block else ()
 
     def matches(self, model: nn.Module) -> bool:
         """Whether the model has the modules of this architecture."""
+        if self.classes and class_path(model) not in self.classes:
+            return False
         if self.block is None:
             assert self.feed_forward is not None
             return bool(find_feed_forwards(self.feed_forward, model))
@@ -194,12 +209,17 @@ class Architecture:
         attention = self.block.attention
         inputs = (*attention.queries, *attention.fused)
         return (
-            all(has(model, path) for path in (self.embedding, self.norm, self.head))
+            all(has(model, path) for path in (self.embedding, self.norm, self.head) if path)
             and bool(blocks)
             and any(has(blocks[0], f"{attention.name}.{name}") for name in inputs)
             and any(has(blocks[0], f"{attention.name}.{name}") for name in attention.outputs)
             and (not self.block.feed_forward.name or has(blocks[0], self.block.feed_forward.name))
         )
+
+
+def class_path(model: nn.Module) -> str:
+    """The module and the name of its class."""
+    return f"{type(model).__module__}.{type(model).__qualname__}"
 
 
 def has(module: nn.Module, path: str) -> bool:

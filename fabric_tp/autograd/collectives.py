@@ -72,10 +72,10 @@ def gather(x: Tensor, group: Group, dim: int = SEQUENCE_DIM, padding: int = 0) -
     return x if group.size == 1 else _Gather.apply(x, dim % x.dim(), group.size, group.name, padding)
 
 
-def traceable_gather(x: Tensor, group: Group, padding: int = 0) -> Tensor:
+def traceable_gather(x: Tensor, group: Group, padding: int = 0, dim: int = SEQUENCE_DIM) -> Tensor:
     """As :func:`gather`, without an autograd function, inside which torch 2.11's compiler makes nothing again."""
     start = _torch.start_differentiable_all_gather
-    return start_gather(x, SEQUENCE_DIM, group.size, group.name, padding, start)()
+    return start_gather(x, dim, group.size, group.name, padding, start)()
 
 
 def reduce_scatter(x: Tensor, group: Group, dim: int = SEQUENCE_DIM) -> Tensor:

@@ -74,7 +74,7 @@ from fabric_tp.autograd.collectives import (
 from fabric_tp.autograd.recompute import Recomputable, let_go, producer_of, recompute, recomputed_by_compiler, saved
 
 
-def enter(x: Tensor, group: Group, *, sequence: bool, padding: int = 0) -> Tensor:
+def enter(x: Tensor, group: Group, *, sequence: bool, padding: int = 0, dim: int = SEQUENCE_DIM) -> Tensor:
     """The whole input of sharded linear layers, of which each rank computes a part of the gradient.
 
     Args:
@@ -82,6 +82,7 @@ def enter(x: Tensor, group: Group, *, sequence: bool, padding: int = 0) -> Tenso
         group: The tensor-parallel ranks; more than one.
         sequence: Gather it forward, and again in the backward, and scatter its gradient. Otherwise it is whole already.
         padding: Rows at the end of the gathered sequence that are cut off.
+        dim: Of the sequence.
 
     Returns:
         ``(b, s, h)``, for :func:`linear`. Hooks on it must be there before the layers take it.
@@ -90,11 +91,11 @@ def enter(x: Tensor, group: Group, *, sequence: bool, padding: int = 0) -> Tenso
         ValueError: In the backward, if second derivatives are asked for.
     """
     if torch.compiler.is_compiling():
-        return recomputed_by_compiler(traceable_gather, x, group, padding) if sequence else copy(x, group)
+        return recomputed_by_compiler(traceable_gather, x, group, padding, dim) if sequence else copy(x, group)
     producer = producer_of(x)
     if producer is None and not sequence:  # nothing to recompute: the layers keep it, if they train
         return copy(x, group)
-    return _Enter.apply(x, group, sequence, padding, producer)
+    return _Enter.apply(x, group, sequence, padding, dim, producer)
 
 
 def linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None] = ()) -> Tensor:
@@ -150,13 +151,13 @@ class SharedInput:
 
 class _Enter(Recomputable):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, sequence: bool, padding: int, producer: Any) -> Tensor:
-        ctx.group, ctx.sequence, ctx.padding = group, sequence, padding
+    def forward(ctx: Any, x: Tensor, group: Group, sequence: bool, padding: int, dim: int, producer: Any) -> Tensor:
+        ctx.group, ctx.sequence, ctx.padding, ctx.dim = group, sequence, padding, dim
         ctx.producer, ctx.shared_input = producer, SharedInput()
         ctx.set_materialize_grads(False)
         if producer is None:
             ctx.save_for_backward(x)
-        entered = start_gather(x, SEQUENCE_DIM, group.size, group.name, padding)() if sequence else x.view_as(x)
+        entered = start_gather(x, dim, group.size, group.name, padding)() if sequence else x.view_as(x)
         ctx.version = entered._version
         return entered
 
@@ -165,7 +166,7 @@ class _Enter(Recomputable):
         return _start_input(ctx)()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         _refuse_second_derivatives()
         let_go(ctx)
         shared = ctx.shared_input
@@ -174,12 +175,12 @@ class _Enter(Recomputable):
             grad = shared.grad if grad is None else shared.grad.add_(grad)
         parts = [wait() for wait in (shared.sum, None if grad is None else _start_sum(ctx, grad)) if wait]
         shared.clear()
-        return (sum(parts[1:], parts[0]) if parts else None), None, None, None, None
+        return (sum(parts[1:], parts[0]) if parts else None), None, None, None, None, None
 
 
 def _start_sum(ctx: Any, grad: Tensor) -> Callable[[], Tensor]:
     if ctx.sequence:
-        return start_reduce_scatter(grad, SEQUENCE_DIM, ctx.group.size, ctx.group.name)
+        return start_reduce_scatter(grad, ctx.dim, ctx.group.size, ctx.group.name)
     return start_reduce(grad, ctx.group.name)
 
 
@@ -188,7 +189,7 @@ def _start_input(ctx: Any) -> Callable[[], Tensor]:
     x = recompute(ctx.producer) if ctx.producer is not None else saved(ctx)[0]
     if not ctx.sequence:
         return lambda: x
-    return start_gather(x, SEQUENCE_DIM, ctx.group.size, ctx.group.name, ctx.padding)
+    return start_gather(x, ctx.dim, ctx.group.size, ctx.group.name, ctx.padding)
 
 
 def _refuse_second_derivatives() -> None:

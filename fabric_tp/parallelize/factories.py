@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from fabric_tp.architectures import FEED_FORWARD, LITGPT, LLAMA, Architecture, recognise
-from fabric_tp.architectures.architecture import children, has
+from fabric_tp.architectures.architecture import children, class_path, has
 from fabric_tp.parallelize.options import documented
 from fabric_tp.parallelize.parallelize import Derived, ParallelizeByPlan
 from fabric_tp.plan import TransformerOptions, derive_feed_forward_plan, derive_plan, tied_parameters
@@ -136,7 +136,7 @@ def _derive_feed_forward(
 
 def _verify(verify: bool | None, architecture: Architecture, model: nn.Module) -> Literal["no", "try", "must"]:
     if verify is None:
-        return "no" if f"{type(model).__module__}.{type(model).__qualname__}" in architecture.tested else "try"
+        return "no" if class_path(model) in architecture.tested else "try"
     return "must" if verify else "no"
 
 

@@ -83,8 +83,8 @@ def derive_plan(
         plan[next(iter(found.blocks))] = ScatterInput()
     deriver = _Deriver(options, tensor_parallel_size, architecture.block)
     plan |= _blocks(architecture.blocks, found.blocks, deriver)
-    plan |= {name: Replicated("replicate") for name in found.positions}
-    plan[architecture.norm] = Replicated(layout)
+    plan |= {name: Replicated("replicate") for name in found.before}
+    plan |= {name: Replicated(layout) for name in found.after}
     if found.head.base:
         head: LMHead = LowRankHead(layout, loss_parallel=options.loss_parallel)
     else:
@@ -142,11 +142,14 @@ class _Deriver:
             plan[""] = ParallelResidual(norm, attention, feed_forward, layout, regather=options.regather)
         inner = None if norm else layout
         plan |= _under(attention, self.attention(found.attention, inner))
+        if found.cross_attention and self.described.cross_attention:
+            plan |= _under(self.described.cross_attention.name, self.attention(found.cross_attention, layout))
         if found.experts and self.described.experts:
             return plan | _under(self.described.experts.name, self.experts(found.experts))
         assert found.feed_forward is not None
         if not feed_forward:
-            return plan | _hidden(found.feed_forward, inner, self.size, Colwise(inner, regather=options.regather))
+            colwise = Colwise(inner, regather=options.regather, takes_rows=found.feed_forward.takes_rows)
+            return plan | _hidden(found.feed_forward, inner, self.size, colwise)
         return plan | _under(feed_forward, _feed_forward(found.feed_forward, inner, self.size, options.regather))
 
     def attention(self, found: FoundAttention, layout: Layout | None) -> Styles:
@@ -163,6 +166,7 @@ class _Deriver:
                 group_sizes=found.group_sizes,
                 head_features=found.head_features,
                 per_query_head=found.per_query_head,
+                key_value_input=found.key_value_input,
                 regather=self.options.regather,
             )
         }
@@ -256,7 +260,7 @@ def _feed_forward(found: FoundMLP, layout: Layout | None, size: int, regather: b
 def _hidden(found: FoundMLP, output_layout: Layout | None, size: int, colwise: Colwise = COLWISE) -> Styles:
     plan = _colwise(found.inputs, colwise)
     plan |= {fused.name: FusedColwise(fused.parts, None) for fused in found.fused}
-    plan |= _rowwise(found.outputs, output_layout)
+    plan |= _rowwise(found.outputs, output_layout, found.takes_rows)
     plan |= {name: Replicated(partial_gradient=True) for name in found.whole}
     return plan | inner_dropouts(found, found.inputs, output_layout, size)
 
@@ -268,10 +272,11 @@ def _colwise(layers: tuple[Linear, ...], colwise: Colwise = COLWISE) -> Styles:
     return plan
 
 
-def _rowwise(layers: tuple[Linear, ...], layout: Layout | None) -> Styles:
+def _rowwise(layers: tuple[Linear, ...], layout: Layout | None, takes_rows: bool = False) -> Styles:
     plan: Styles = {}
     for layer in layers:
-        plan |= _layer(layer, (LowRankRowwise if layer.base else Rowwise)(layout), Rowwise(None))
+        style = LowRankRowwise(layout) if layer.base else Rowwise(layout, takes_rows=takes_rows)
+        plan |= _layer(layer, style, Rowwise(None))
     return plan
 
 

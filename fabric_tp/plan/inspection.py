@@ -63,6 +63,7 @@ class FoundMLP:
     outputs: tuple[Linear, ...]
     whole: tuple[str, ...]
     """Modules with parameters that all hidden features share."""
+    takes_rows: bool
     dropouts: Dropouts
     class_name: str
 
@@ -85,6 +86,7 @@ class FoundAttention:
     group_sizes: tuple[str, ...]
     head_features: tuple[str, ...]
     per_query_head: tuple[str, ...]
+    key_value_input: str
     draws: bool
     """Its kernel has dropout inside."""
     dropouts: Dropouts
@@ -110,6 +112,7 @@ class FoundBlock:
     attention: FoundAttention
     feed_forward: FoundMLP | None
     experts: FoundExperts | None
+    cross_attention: FoundAttention | None
     dropouts: Dropouts
     """Outside of attention and MLP."""
     drawn: dict[str, float]
@@ -120,7 +123,10 @@ class FoundBlock:
 class FoundTransformer:
     blocks: dict[str, FoundBlock]
     """By their full names, in their order."""
-    positions: tuple[str, ...]
+    before: tuple[str, ...]
+    """Modules with parameters between the embedding and the blocks."""
+    after: tuple[str, ...]
+    """Those between the blocks and the head."""
     head: Linear
     dropouts: Dropouts
     """Outside of the blocks."""
@@ -140,7 +146,8 @@ def inspect_transformer(architecture: Architecture, model: nn.Module) -> FoundTr
     blocks = children(model, architecture.blocks)
     return FoundTransformer(
         blocks={name: inspector.named_block(name, module) for name, module in blocks.items()},
-        positions=tuple(present(model, architecture.positions)),
+        before=tuple(present(model, (*architecture.positions, *architecture.before_blocks))),
+        after=tuple(present(model, (*filter(None, [architecture.norm]), *architecture.after_blocks))),
         head=inspector.linear(model, architecture.head),
         dropouts=inspector.dropouts(model).outside(architecture.blocks),
         drawn=_positive(model, architecture.dropout_rates),
@@ -180,13 +187,15 @@ class _Inspector:
     def block(self, block: Block, module: nn.Module) -> FoundBlock:
         experts = block.experts
         has_experts = experts is not None and has(module, join(experts.name, experts.experts))
-        inner = [block.attention.name, block.feed_forward.name, *([experts.name] if experts else [])]
+        cross = block.cross_attention if block.cross_attention and has(module, block.cross_attention.name) else None
+        inner = [block.attention.name, block.feed_forward.name, *(part.name for part in (experts, cross) if part)]
         return FoundBlock(
             norms=tuple(name for name in block.norms if has_parameters(module, name)),
             shared_norm=block.shared_norm(module) if block.shared_norm else None,
             attention=self.attention(block.attention, child(module, block.attention.name)),
             feed_forward=None if has_experts else self.mlp_of_block(block.feed_forward, module),
             experts=self.experts(experts, block.feed_forward, module) if has_experts and experts else None,
+            cross_attention=self.attention(cross, child(module, cross.name)) if cross else None,
             dropouts=self.dropouts(module).outside(*inner),
             drawn=_positive(module, block.dropout_rates),
         )
@@ -209,6 +218,7 @@ class _Inspector:
             group_sizes=existing(module, attention.group_sizes),
             head_features=tuple(path for path in attention.head_features if attribute(module, path) == features),
             per_query_head=tuple(name for name in attention.per_query_head if module._parameters.get(name) is not None),
+            key_value_input=attention.key_value_input,
             draws=bool(_positive(module, attention.dropout_rates)),
             dropouts=self.dropouts(module),
             class_name=type(module).__name__,
@@ -220,6 +230,7 @@ class _Inspector:
             fused=tuple(self.fused(feed_forward, module, name) for name in present(module, feed_forward.fused)),
             outputs=self.linears(module, feed_forward.outputs),
             whole=tuple(path for name in present(module, feed_forward.whole) for path in holders(module, name)),
+            takes_rows=feed_forward.takes_rows,
             dropouts=self.dropouts(module),
             class_name=type(module).__name__,
         )

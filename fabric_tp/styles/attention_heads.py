@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,8 @@ from torch.distributed.tensor.placement_types import Placement
 
 from fabric_tp.autograd.collectives import Group, Layout
 from fabric_tp.styles.prepare_input import PrepareInput
-from fabric_tp.styles.style import Parallelized
+from fabric_tp.styles.layout import enter_sharded
+from fabric_tp.styles.style import LocalModule, Parallelized
 
 HEADS = "query heads"
 
@@ -70,6 +73,24 @@ class Heads:
         return by_head[torch.tensor(chosen, device=rows.device)].flatten(0, 1)
 
 
+class HeadsModule(LocalModule):
+    key_value_position: int | None = None
+    """Where among the forward's arguments that is of which keys and values are made, if it is not the first."""
+
+    def compute(self, *args: Any, **kwargs: Any) -> Any:
+        this, at = self.parallelized, self.key_value_position
+        if at is None:
+            return super().compute(*args, **kwargs)
+        if at < len(args):
+            args = (*args[:at], self._entered(args[at]), *args[at + 1 :])
+        elif (name := this.style.key_value_input) in kwargs:
+            kwargs[name] = self._entered(kwargs[name])
+        return super().compute(*args, **kwargs)
+
+    def _entered(self, x: Tensor | None) -> Tensor | None:
+        return None if x is None else enter_sharded(self.parallelized, x, "replicate")
+
+
 class ShardHeads(PrepareInput):
     """An attention module that computes with this rank's heads only.
 
@@ -82,6 +103,9 @@ class ShardHeads(PrepareInput):
         group_sizes: The attributes that count query heads to each key and value head.
         head_features: The attributes that count the features of all query heads.
         per_query_head: Parameters of the module itself that have a number for each query head.
+        key_value_input: The argument of the forward that keys and values are made of where that is not its first: of
+            cross attention, to what an encoder made. It is whole on every rank, and so is its gradient; if it is not
+            given, nothing happens.
         regather: As in :class:`Colwise`.
 
     ===============  ===========  =========  ==========  ==========================  ==========
@@ -104,6 +128,8 @@ class ShardHeads(PrepareInput):
         }
     """
 
+    module_class = HeadsModule
+
     def __init__(
         self,
         heads: Heads,
@@ -114,12 +140,14 @@ class ShardHeads(PrepareInput):
         group_sizes: Sequence[str] = (),
         head_features: Sequence[str] = (),
         per_query_head: Sequence[str] = (),
+        key_value_input: str = "",
         regather: bool = True,
     ) -> None:
         super().__init__(input_layout, regather=regather)
         self.heads = heads
         self.query_counts, self.key_value_counts, self.group_sizes = query_counts, key_value_counts, group_sizes
         self.head_features, self.per_query_head = head_features, per_query_head
+        self.key_value_input = key_value_input
 
     def placements(self, module: nn.Module) -> Mapping[str, Placement]:
         return {name: Shard(0) for name in self.per_query_head}
@@ -127,7 +155,14 @@ class ShardHeads(PrepareInput):
     def divided(self, module: nn.Module) -> Mapping[str, int]:
         return {HEADS: self.heads.query}
 
+    def validate(self, module: nn.Module) -> None:
+        if self.key_value_input and self.key_value_input not in inspect.signature(module.forward).parameters:
+            raise ValueError(f"The forward of this {type(module).__name__} takes no {self.key_value_input!r}.")
+
     def prepare(self, module: nn.Module, this: Parallelized) -> None:
+        if self.key_value_input:
+            names = list(inspect.signature(module.forward).parameters)
+            module.key_value_position = names.index(self.key_value_input)  # type: ignore[assignment]
         size = this.group.size
         local = dict.fromkeys(self.query_counts, self.heads.local_query(size))
         local |= dict.fromkeys(self.key_value_counts, self.heads.local_key_value(size))

@@ -19,6 +19,8 @@ class Colwise(Style):
             ``None``: it is whole, and a module around this one sums its gradient (:class:`PrepareInput`).
         regather: Of ``"sequence"``: keep the shard for the backward and gather it again there, beside the gradient of
             the input. Otherwise the gathered input is kept.
+        takes_rows: The input may also be tokens in a row, (b * s/t, h) for x and (b * s, f/t) for y, of all ranks one
+            after the other; then a :class:`Rowwise` that says the same must follow.
 
     ===============  =========  ===========  ========  ===========  ==========  ==========================  ==========
     input_layout     regather   x            weight    y            forward     backward                    gradient
@@ -37,15 +39,18 @@ class Colwise(Style):
         plan = {"mlp.up": Colwise(), "mlp.down": Rowwise()}
     """
 
-    def __init__(self, input_layout: Layout | None = "replicate", *, regather: bool = True) -> None:
+    def __init__(
+        self, input_layout: Layout | None = "replicate", *, regather: bool = True, takes_rows: bool = False
+    ) -> None:
         self.input_layout = input_layout
         self.regather = regather
+        self.takes_rows = takes_rows
 
     def placements(self, module: nn.Module) -> Mapping[str, Placement]:
         return {name: Shard(0) for name in own_parameters(module) if name in ("weight", "bias")}
 
     def enter(self, this: Parallelized, x: Tensor) -> Tensor:
-        return enter_sharded(this, x, self.input_layout, self.regather)
+        return enter_sharded(this, x, self.input_layout, self.regather, takes_rows=self.takes_rows)
 
     def collectives(self) -> tuple[str, str]:
         return entering(self.input_layout, self.regather)

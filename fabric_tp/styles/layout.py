@@ -20,26 +20,35 @@ from functools import partial
 
 from torch import Tensor
 
-from fabric_tp.autograd.collectives import Layout, gather, reduce, reduce_scatter
+from fabric_tp.autograd.collectives import SEQUENCE_DIM, Layout, gather, reduce, reduce_scatter
 from fabric_tp.autograd.kept_reductions import reduction
 from fabric_tp.autograd.linear import enter
 from fabric_tp.styles.style import Parallelized
 
 
 def enter_sharded(
-    this: Parallelized, x: Tensor, layout: Layout | None, regather: bool = False, padding: int | None = None
+    this: Parallelized,
+    x: Tensor,
+    layout: Layout | None,
+    regather: bool = False,
+    padding: int | None = None,
+    takes_rows: bool = False,
 ) -> Tensor:
     """The whole input of a sharded computation, of which each rank adds a part to the gradient.
 
     Args:
         padding: Rows that fill up the sequence; by default those of the forward that is running.
+        takes_rows: As in :func:`sequence_dim`.
     """
     if layout is None or this.group.size == 1:
         return x
     if layout == "replicate":
         return enter(x, this.group, sequence=False)
+    dim = sequence_dim(x, takes_rows)
+    if dim != SEQUENCE_DIM:
+        padding = 0
     rows = padding_of(this) if padding is None else padding
-    return enter(x, this.group, sequence=True, padding=rows) if regather else gather(x, this.group, padding=rows)
+    return enter(x, this.group, sequence=True, padding=rows, dim=dim) if regather else gather(x, this.group, dim, rows)
 
 
 def padding_of(this: Parallelized) -> int:
@@ -74,10 +83,19 @@ def leave_sharded(this: Parallelized, y: Tensor, layout: Layout | None) -> Tenso
     return y if layout is None else reduction(partial(summed, this, y, layout))
 
 
-def summed(this: Parallelized, y: Tensor, layout: Layout | None) -> Tensor:
+def summed(this: Parallelized, y: Tensor, layout: Layout | None, takes_rows: bool = False) -> Tensor:
     if layout == "sequence":
-        return reduce_scatter(y, this.group)
+        return reduce_scatter(y, this.group, sequence_dim(y, takes_rows))
     return reduce(y, this.group) if layout == "replicate" else y
+
+
+def sequence_dim(x: Tensor, takes_rows: bool) -> int:
+    """The dimension of tokens in ``(b, s, h)``; or, if they may also come in a row, in ``(b * s, h)``.
+
+    In a row the ranks' tokens are put together rank by rank, and not sample by sample, with all that fills them up: for
+    layers that treat each token by itself, and give each rank its own back.
+    """
+    return 0 if takes_rows and x.dim() == 2 else SEQUENCE_DIM
 
 
 def leaving(layout: Layout | None) -> tuple[str, str]:

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-from fabric_tp.styles.attention_heads import ShardHeads
+from fabric_tp.styles.attention_heads import HeadsModule, ShardHeads
 from fabric_tp.styles.random_module import RandomModule
 
 
-class _RandomHeadsModule(RandomModule):
+class _RandomHeadsModule(HeadsModule, RandomModule):
     by_rank = True
 
 

@@ -43,6 +43,7 @@ class Rowwise(Style):
     Args:
         output_layout: ``"replicate"``: the whole output on every rank. ``"sequence"``: each rank its part of the
             sequence. ``None``: the output stays a partial sum, for a module around this one to sum.
+        takes_rows: As in :class:`Colwise`: (b * s, f/t) for x, (b * s/t, h) for y.
 
     ===============  ===========  ========  =================  ==============  ==========  =============
     output_layout    x            weight    y                  forward         backward    gradient
@@ -62,8 +63,9 @@ class Rowwise(Style):
 
     module_class = _RowwiseLinear
 
-    def __init__(self, output_layout: Layout | None = "replicate") -> None:
+    def __init__(self, output_layout: Layout | None = "replicate", *, takes_rows: bool = False) -> None:
         self.output_layout = output_layout
+        self.takes_rows = takes_rows
 
     def validate(self, module: nn.Module) -> None:
         if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
@@ -78,7 +80,7 @@ class Rowwise(Style):
         return frozenset({"bias"} if has_bias and self.output_layout != "replicate" else ())
 
     def leave(self, this: Parallelized, y: Tensor) -> Tensor:
-        return summed(this, y, self.output_layout)
+        return summed(this, y, self.output_layout, self.takes_rows)
 
     def collectives(self) -> tuple[str, str]:
         return leaving(self.output_layout)

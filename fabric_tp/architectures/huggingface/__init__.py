@@ -1,8 +1,20 @@
 """Transformers: the descriptions of its causal language models, and, beside them, all else that knows them."""
 
+from fabric_tp.architectures.huggingface.bart import BART, BIGBIRD_PEGASUS, TROCR, WHISPER
 from fabric_tp.architectures.huggingface.description import BLOCK, HUGGINGFACE
 from fabric_tp.architectures.huggingface.llama4 import LLAMA4
 from fabric_tp.architectures.huggingface.phi import PHI
 from fabric_tp.architectures.huggingface.xglm import BIOGPT, XGLM
 
-__all__ = ["BIOGPT", "BLOCK", "HUGGINGFACE", "LLAMA4", "PHI", "XGLM"]
+__all__ = [
+    "BART",
+    "BIGBIRD_PEGASUS",
+    "BIOGPT",
+    "BLOCK",
+    "HUGGINGFACE",
+    "LLAMA4",
+    "PHI",
+    "TROCR",
+    "WHISPER",
+    "XGLM",
+]

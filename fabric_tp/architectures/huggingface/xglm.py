@@ -9,8 +9,9 @@ XGLM = replace(
     description="a Transformers XGLM",
     block=replace(
         BLOCK,
-        norms=("self_attn_layer_norm", "final_layer_norm"),
-        feed_forward=FeedForward(name="", inputs=("fc1",), outputs=("fc2",)),
+        norms=("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
+        feed_forward=FeedForward(name="", inputs=("fc1",), outputs=("fc2",), takes_rows=True),
+        cross_attention=replace(BLOCK.attention, name="encoder_attn", key_value_input="key_value_states"),
         dropout_rates=("dropout", "activation_dropout"),
     ),
     dropout_rates=("model.dropout", "model.layerdrop"),
