@@ -15,7 +15,17 @@ from fabric_tp.architectures.architecture import (
 from fabric_tp.architectures.base_model import BASE_MODEL
 from fabric_tp.architectures.feed_forward import FEED_FORWARD
 from fabric_tp.architectures.gpt_neox import GPT_NEOX
-from fabric_tp.architectures.huggingface import BART, BIGBIRD_PEGASUS, BIOGPT, HUGGINGFACE, LLAMA4, PHI, TROCR, WHISPER, XGLM
+from fabric_tp.architectures.huggingface import (
+    BART,
+    BIGBIRD_PEGASUS,
+    BIOGPT,
+    HUGGINGFACE,
+    LLAMA4,
+    PHI,
+    TROCR,
+    WHISPER,
+    XGLM,
+)
 from fabric_tp.architectures.litgpt import LITGPT
 from fabric_tp.architectures.llama import LLAMA
 
@@ -54,6 +64,7 @@ def recognise(model: nn.Module) -> Architecture:
 
 
 __all__ = [
+    "BART",
     "BASE_MODEL",
     "FEED_FORWARD",
     "GPT_NEOX",

@@ -29,6 +29,7 @@ from fabric_tp.mesh import TENSOR_PARALLEL, device_of, fake_mesh, fake_tensors
 from fabric_tp.parallelize.arguments import needed_arguments, sample_arguments
 from fabric_tp.parallelize.draws import Draw, Draws, Place, check_draws
 from fabric_tp.parallelize.excerpt import in_mode, on_device, one_of_each_kind, with_only, without_memory
+from fabric_tp.parallelize.layouts import Shapes, check_layouts
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 """Of the largest value. Sums in another order stay far below, and a wrong split comes out far above."""
@@ -54,6 +55,7 @@ class Expected:
     """One of each kind, as they were; all that ran."""
     outputs: dict[str, Tensor]
     """By the names of modules, in the order in which they ran; the model's own last, as ``""``."""
+    shapes: Shapes
     draws: list[Draw]
     """What is drawn in training."""
 
@@ -141,10 +143,11 @@ def expect(model: nn.Module, blocks: Sequence[nn.Module], size: int, device: tor
     """
     chosen, errors = one_of_each_kind(blocks), []
     for arguments in sample_arguments(model, size, device):
+        shapes: Shapes = {}
         try:
             with with_only(chosen, model), on_device(device, model):
-                outputs = _run(model, chosen, arguments)
-                return Expected(arguments, chosen, outputs, _draws(model, chosen, arguments, device))
+                outputs = _run(model, chosen, arguments, shapes)
+                return Expected(arguments, chosen, outputs, shapes, _draws(model, chosen, arguments, device))
         except Exception as error:
             errors.append(f"{type(error).__name__}: {error}".splitlines()[0])
     needed = ", ".join(needed_arguments(model))
@@ -159,9 +162,10 @@ def compare(model: nn.Module, expected: Expected, mesh: DeviceMesh) -> None:
     """
     check_draws(expected.draws)
     at: Place = []
+    shapes: Shapes = {}
     try:
         with with_only(expected.blocks, model):
-            outputs = _run(model, expected.blocks, expected.arguments, at)
+            outputs = _run(model, expected.blocks, expected.arguments, shapes, at)
     except Exception as error:
         name, module = at[-1] if at else ("", model)
         raise ValueError(
@@ -169,6 +173,7 @@ def compare(model: nn.Module, expected: Expected, mesh: DeviceMesh) -> None:
             f" {str(error).splitlines()[0]}{_line(error)}. Does it use a number that counts what is now divided, such"
             f" as the heads or their features? {HINT}"
         ) from error
+    check_layouts(model, expected.shapes, shapes)
     wholes = expected.outputs
     off = [_off(outputs[name], whole, mesh) for name, whole in wholes.items()]
     if not any(isinstance(whole, FakeTensor) for whole in wholes.values()):
@@ -187,10 +192,14 @@ def _run(
     model: nn.Module,
     chosen: list[nn.Module],
     arguments: dict[str, Any],
+    shapes: Shapes,
     at: Place | None = None,
     training: bool = False,
 ) -> dict[str, Tensor]:
-    """Outputs of the chosen modules and of the model. On an error ``at`` ends with the module that it happened in."""
+    """Outputs of the chosen modules and of the model; ``shapes`` gets those of all modules' outputs.
+
+    On an error ``at`` ends with the module that it happened in.
+    """
     outputs: dict[str, Tensor] = {}
     at = [] if at is None else at
     names = {module: name for name, module in model.named_modules()}
@@ -200,6 +209,9 @@ def _run(
 
     def leave(module: nn.Module, args: object, output: Any) -> None:
         at.pop()
+        leaf = next((each for each in tree_leaves(output) if isinstance(each, Tensor)), None)
+        if leaf is not None:
+            shapes[module] = leaf.shape
         if module in chosen:
             outputs.setdefault(names[module], first_tensor(output))
 
@@ -218,7 +230,7 @@ def _draws(model: nn.Module, chosen: list[nn.Module], arguments: dict[str, Any],
     at: Place = []
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), Draws(at) as draws, suppress(Exception):  # training may need other arguments
-        _run(model, chosen, arguments, at, training=True)
+        _run(model, chosen, arguments, {}, at, training=True)
     return draws.found
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from fabric_tp.architectures import Architecture, Attention, Block, Experts, FeedForward, HeadCounts
 from fabric_tp.architectures.architecture import FusedLayout, Stacked, children, find_feed_forwards, has
-from fabric_tp.plan.modules import ask, attribute, child, existing, has_parameters, holders, join, present
+from fabric_tp.plan.modules import ask, attribute, child, existing, has_parameters, holders, join, positive, present
 from fabric_tp.styles.dropout import is_dropout
 
 
@@ -150,7 +150,7 @@ def inspect_transformer(architecture: Architecture, model: nn.Module) -> FoundTr
         after=tuple(present(model, (*filter(None, [architecture.norm]), *architecture.after_blocks))),
         head=inspector.linear(model, architecture.head),
         dropouts=inspector.dropouts(model).outside(architecture.blocks),
-        drawn=_positive(model, architecture.dropout_rates),
+        drawn=positive(model, architecture.dropout_rates),
     )
 
 
@@ -197,7 +197,7 @@ class _Inspector:
             experts=self.experts(experts, block.feed_forward, module) if has_experts and experts else None,
             cross_attention=self.attention(cross, child(module, cross.name)) if cross else None,
             dropouts=self.dropouts(module).outside(*inner),
-            drawn=_positive(module, block.dropout_rates),
+            drawn=positive(module, block.dropout_rates),
         )
 
     def attention(self, attention: Attention, module: nn.Module) -> FoundAttention:
@@ -219,7 +219,7 @@ class _Inspector:
             head_features=tuple(path for path in attention.head_features if attribute(module, path) == features),
             per_query_head=tuple(name for name in attention.per_query_head if module._parameters.get(name) is not None),
             key_value_input=attention.key_value_input,
-            draws=bool(_positive(module, attention.dropout_rates)),
+            draws=bool(positive(module, attention.dropout_rates)),
             dropouts=self.dropouts(module),
             class_name=type(module).__name__,
         )
@@ -296,8 +296,3 @@ def _check_matches(architecture: Architecture, model: nn.Module) -> None:
 
 def _is_within(path: str, name: str) -> bool:
     return bool(name) and (path == name or path.startswith(f"{name}."))
-
-
-def _positive(module: nn.Module, paths: Iterable[str]) -> dict[str, float]:
-    rates = {path: attribute(module, path) for path in paths}
-    return {path: rate for path, rate in rates.items() if isinstance(rate, float) and rate > 0}

@@ -57,5 +57,11 @@ def attribute(module: nn.Module, path: str) -> object:
     return value
 
 
+def positive(module: nn.Module, paths: Iterable[str]) -> dict[str, float]:
+    """Rates above 0, by the paths to the attributes that hold them."""
+    rates = {path: attribute(module, path) for path in paths}
+    return {path: rate for path, rate in rates.items() if isinstance(rate, float) and rate > 0}
+
+
 def join(*names: str) -> str:
     return ".".join(filter(None, names))

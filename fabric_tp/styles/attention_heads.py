@@ -16,8 +16,8 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from fabric_tp.autograd.collectives import Group, Layout
-from fabric_tp.styles.prepare_input import PrepareInput
 from fabric_tp.styles.layout import enter_sharded
+from fabric_tp.styles.prepare_input import PrepareInput
 from fabric_tp.styles.style import LocalModule, Parallelized
 
 HEADS = "query heads"

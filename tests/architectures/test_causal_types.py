@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 import fabric_tp
-from fabric_tp.architectures import recognise
+from fabric_tp.architectures import BART, recognise
 from fabric_tp.testing.ranks import mesh
 from fabric_tp.testing.small import causal_types, small_causal
 from tests.parity import assert_equal
@@ -27,6 +28,10 @@ TYPES = {
     "deepseek_v2": "huggingface",  # its experts' module reads the router's weight
     "llama4_text": "llama4",
     "apertus": "huggingface",  # an activation with learned numbers
+    "bart": "bart",  # a norm before the blocks, and none after them
+    "opt": "bart",  # its blocks put the tokens in a row
+    "bigbird_pegasus": "bigbird_pegasus",  # as BART, but the norm is after the blocks
+    "whisper": "whisper",
 }
 
 
@@ -40,6 +45,27 @@ def build(model_type: str) -> nn.Module:
 def test_equals_one_device(pool, model_type) -> None:
     assert recognise(small_causal(model_type)).name == TYPES[model_type]
     assert_equal(pool, partial(build, model_type), fabric_tp.auto(), (1, 2))
+
+
+@pytest.mark.parametrize("options", [{"word_embed_proj_dim": 32}, {"do_layer_norm_before": False}], ids=str)
+def test_opt_with_other_ends_equals_one_device(pool, options) -> None:
+    assert_equal(pool, partial(small_causal, "opt", **options), fabric_tp.auto(), (1, 2))
+
+
+def test_tokens_in_a_row_need_to_be_described() -> None:
+    block = BART.block
+    assert block is not None
+    wrong = replace(BART, block=replace(block, feed_forward=replace(block.feed_forward, takes_rows=False)))
+    with pytest.raises(ValueError, match=r"model\.decoder\.layers\.0\.fc1 \(Linear\) cannot run on one of 2 ranks"):
+        fabric_tp.Parallelize(architecture=wrong).check(small_causal("opt"), tensor_parallel_size=2)
+
+
+def test_a_norm_at_another_place_is_refused() -> None:
+    """Every output would be right, and the gradient of the norm would lack a sum."""
+    model = small_causal("bigbird_pegasus")
+    with pytest.raises(ValueError, match=r"layernorm_embedding sees a part of the sequence on each rank, and"):
+        fabric_tp.Parallelize(architecture=BART).check(model, tensor_parallel_size=2)
+    fabric_tp.Parallelize(architecture=BART, sequence_parallel=False).check(model, tensor_parallel_size=2)
 
 
 @pytest.mark.sweep
@@ -85,6 +111,7 @@ def test_router_logits_in_a_call_are_refused(pool) -> None:
 REFUSED = {
     "granitemoe": r"The architecture of this GraniteMoeForCausalLM is not known",
     "phimoe": r"model\.layers\.0\.mlp\.router draws random numbers in its forward .* each rank would draw others",
+    "trocr": r"model\.decoder\.layers\.0\.self_attn \(TrOCRAttention\) cannot run on one of 2 ranks: .*reshape",
     "minimax": r"model\.layers\.1: .* a MiniMaxLightningAttention has cannot be told: It has no",
     "mamba": "The architecture of this MambaForCausalLM is not known",
 }
