@@ -35,8 +35,8 @@ TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, tor
 """Of the largest value. Sums in another order stay far below, and a wrong split comes out far above."""
 
 HINT = (
-    "Describe the model by an Architecture of your own (fabric_tp/architectures/README.md), or by a plan for"
-    " fabric_tp.from_plan(); verify=False takes it as it is."
+    "In the attention, replicate_attention=True helps. Otherwise describe the model by an Architecture of your own"
+    " (fabric_tp/architectures/README.md), or by a plan for fabric_tp.from_plan(); verify=False takes it as it is."
 )
 
 PACKAGES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))

@@ -101,11 +101,13 @@ def test_page_explains(error) -> None:
 
 def test_page_names_real_fields() -> None:
     text = PAGE.read_text()
-    fields = {
-        name
-        for cls in (architectures.Architecture, architectures.Attention, architectures.Block)
-        for name in cls.__dataclass_fields__
-    }
+    described = (
+        architectures.Architecture,
+        architectures.Attention,
+        architectures.Block,
+        architectures.FeedForward,
+    )
+    fields = {name for cls in described for name in cls.__dataclass_fields__}
     rows = re.findall(r"^\| (`[a-z_`, ]+`) \|", text, re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"`([a-z_]+)`", row)}
     assert named
