@@ -45,10 +45,11 @@ def enter_sharded(
     if layout == "replicate":
         return enter(x, this.group, sequence=False)
     dim = sequence_dim(x, takes_rows)
-    if dim != SEQUENCE_DIM:
-        padding = 0
-    rows = padding_of(this) if padding is None else padding
-    return enter(x, this.group, sequence=True, padding=rows, dim=dim) if regather else gather(x, this.group, dim, rows)
+    if padding is None:
+        padding = padding_of(this) if dim == SEQUENCE_DIM else 0
+    if regather:
+        return enter(x, this.group, sequence=True, padding=padding, dim=dim)
+    return gather(x, this.group, dim, padding)
 
 
 def padding_of(this: Parallelized) -> int:

@@ -12,7 +12,7 @@ from torch import nn
 import fabric_tp
 from fabric_tp.architectures import BART, recognise
 from fabric_tp.testing.ranks import mesh
-from fabric_tp.testing.small import causal_types, small_causal
+from fabric_tp.testing.small import LENGTH, VOCABULARY, causal_types, small_causal
 from tests.parity import assert_equal
 
 TYPES = {
@@ -50,6 +50,13 @@ def test_equals_one_device(pool, model_type) -> None:
 @pytest.mark.parametrize("options", [{"word_embed_proj_dim": 32}, {"do_layer_norm_before": False}], ids=str)
 def test_opt_with_other_ends_equals_one_device(pool, options) -> None:
     assert_equal(pool, partial(small_causal, "opt", **options), fabric_tp.auto(), (1, 2))
+
+
+@pytest.mark.parametrize("regather", [True, False])
+def test_tokens_in_a_row_may_be_any_number(pool, regather) -> None:
+    tokens = torch.randint(VOCABULARY, (2, LENGTH - 1), generator=torch.Generator().manual_seed(0))
+    parallelize_fn = fabric_tp.auto(regather=regather)
+    assert_equal(pool, partial(small_causal, "opt"), parallelize_fn, (1, 2), inputs=tokens)
 
 
 def test_tokens_in_a_row_need_to_be_described() -> None:
