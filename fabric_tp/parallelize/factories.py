@@ -17,6 +17,7 @@ from fabric_tp.parallelize.options import documented
 from fabric_tp.parallelize.parallelize import Derived, ParallelizeByPlan
 from fabric_tp.plan import TransformerOptions, derive_feed_forward_plan, derive_plan, tied_parameters
 from fabric_tp.plan.derive import BALANCE
+from fabric_tp.styles import Style
 
 TORCH_LEAN = "fabric_tp.architectures.lean:TORCH"
 
@@ -123,6 +124,14 @@ class from_plan(ParallelizeByPlan):
     def derive(self, model: nn.Module, tensor_parallel_size: int) -> Derived:
         if self.blocks and not has(model, self.blocks):
             raise ValueError(f"blocks={self.blocks!r} is not a module of the model.")
+        foreign = sorted({type(style).__name__ for style in self.own_plan.values() if not isinstance(style, Style)})
+        if self.compile and self.blocks and foreign:
+            raise ValueError(
+                f"compile=True of each of blocks={self.blocks!r} is not right with torch's own {', '.join(foreign)}:"
+                " gradients of DTensors that leave a compiled block are lost or end in an error of torch. Use the"
+                " styles of fabric_tp.styles, such as Colwise, Rowwise and Replicated; or leave out blocks, which"
+                " compiles the model as a whole."
+            )
         blocks = list(children(model, self.blocks).values()) if self.blocks else []
         return Derived(plan=dict(self.own_plan), blocks=blocks)
 

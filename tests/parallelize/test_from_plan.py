@@ -91,6 +91,31 @@ def test_plan_by_hand_with_sequence_parallel(pool) -> None:
     pool(2)(head_and_embedding)
 
 
+def test_blocks_of_torchs_styles_are_not_compiled_one_by_one() -> None:
+    """torch 2.13 then has gradients of zero, on some meshes without a word."""
+    model = nn.Sequential(build("feed_forward"))
+    plan = {f"0.{name}": style for name, style in MIXED["torch's"].items()}
+    fabric_tp.from_plan(plan, compile=True).check(model, tensor_parallel_size=2)
+    with pytest.raises(ValueError, match=r"not right with torch's own ColwiseParallel, RowwiseParallel: gradients"):
+        fabric_tp.from_plan(plan, compile=True, blocks="0").check(model, tensor_parallel_size=2)
+    ours = {f"0.{name}" if name else "0": style for name, style in MIXED["ours"].items()}
+    fabric_tp.from_plan(ours, compile=True, blocks="0").check(model, tensor_parallel_size=2)
+
+
+def compiled_as_a_whole() -> float:
+    torch.compiler.reset()
+    reference = build("feed_forward")
+    model = fabric_tp.from_plan(MIXED["torch's"], compile=True)(copy.deepcopy(reference), mesh(1, 2))
+    x = torch.randn(2, LENGTH, 64, generator=torch.Generator().manual_seed(0))
+    for each in (reference, model):
+        each(x).square().sum().backward()
+    return max(_gradients(reference, model).values())
+
+
+def test_torchs_styles_compiled_as_a_whole(pool) -> None:
+    assert pool(2)(compiled_as_a_whole) <= TOLERANCE
+
+
 def patterns(plan: Mapping[str, ParallelStyle]) -> set[str]:
     return set(fabric_tp.from_plan(plan).plan(build("llama"), tensor_parallel_size=2))
 
