@@ -72,6 +72,8 @@ class Attention:
     query_norms: tuple[str, ...] = ()
     key_norms: tuple[str, ...] = ()
     """Norms of each head, or of all heads together; their weights tell which."""
+    output_norms: tuple[str, ...] = ()
+    """Norms of what all heads together give, before the layers of ``outputs``."""
     whole: tuple[str, ...] = ()
     """Layers before the split into heads, such as the compressions of multi-head latent attention."""
     query_counts: tuple[str, ...] = ()
@@ -101,6 +103,8 @@ class FeedForward:
     outputs: tuple[str, ...]
     fused: Mapping[str, Fused] = field(default_factory=dict)
     """Linear layers to several things of the hidden width."""
+    norms: tuple[str, ...] = ()
+    """Norms of all hidden features together, before the layers of ``outputs``."""
     whole: tuple[str, ...] = ()
     """Modules whose parameters all hidden features share, such as an activation with a learned slope."""
     takes_rows: bool = False
@@ -125,13 +129,21 @@ class Experts:
     router: str
     """The module that chooses; it sees every token on every rank."""
     experts: str
-    """The ModuleList of experts, MLPs with the layers of ``FeedForward``; or a module with their parameters."""
+    """The ModuleList of experts, MLPs with the layers of ``FeedForward``; or a module with their parameters, which is
+    the whole one if this is empty."""
     stacked: Callable[[nn.Module], Mapping[str, Stacked]] | None = None
-    """From such a module to what its parameters are."""
+    """From such a module to what its parameters are, its own and, by their paths, those of modules in it."""
+    hidden_sizes: tuple[str, ...] = ()
+    """Attributes that hold the number of hidden features, with which a forward reshapes: ``"experts.hidden_size"``."""
     shared: tuple[str, ...] = ()
     """MLPs that every token passes."""
     whole: tuple[str, ...] = ()
     """Further modules that see every token on every rank: other names of the router, the gate of a shared expert."""
+    own: tuple[str, ...] = ()
+    """Its own parameters that see every token, such as what is added to the router's scores."""
+    sampling: tuple[str, ...] = ()
+    """Attributes of routers that draw random numbers in training, and that no other router has:
+    ``"router.router_jitter_noise"``."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +152,7 @@ class Block:
     attention: Attention
     feed_forward: FeedForward
     experts: Experts | None = None
+    """In place of the MLP; or beside it, where they have another name."""
     cross_attention: Attention | None = None
     """A second attention, to the output of an encoder, that some models have; its forward need not be called."""
     dropout_rates: tuple[str, ...] = ()
@@ -168,6 +181,8 @@ class Architecture:
     """Further modules between the embedding and the blocks, such as a norm; they need ``measures_embedding``."""
     after_blocks: tuple[str, ...] = ()
     """Further modules between the blocks and the head, such as a projection, or a norm that not all models have."""
+    whole: tuple[str, ...] = ()
+    """Modules whose output joins the embedding's, such as a vision tower; they need ``measures_embedding``."""
     dropout_rates: tuple[str, ...] = ()
     """Paths to attributes that hold a rate of dropout in the model's own forward; it must be 0."""
     norm: str = ""
@@ -208,12 +223,13 @@ class Architecture:
         blocks = list(children(model, self.blocks).values())
         attention = self.block.attention
         inputs = (*attention.queries, *attention.fused)
+        feed_forwards = [self.block.feed_forward.name, *([self.block.experts.name] if self.block.experts else [])]
         return (
             all(has(model, path) for path in (self.embedding, self.norm, self.head) if path)
             and bool(blocks)
             and any(has(blocks[0], f"{attention.name}.{name}") for name in inputs)
             and any(has(blocks[0], f"{attention.name}.{name}") for name in attention.outputs)
-            and (not self.block.feed_forward.name or has(blocks[0], self.block.feed_forward.name))
+            and any(not name or has(blocks[0], name) for name in feed_forwards)
         )
 
 

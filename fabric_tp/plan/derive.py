@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fabric_tp.architectures import Architecture, Block
-from fabric_tp.architectures.architecture import AdaptedHeads, Stacked
+from fabric_tp.architectures.architecture import AdaptedHeads
 from fabric_tp.autograd.collectives import Layout
 from fabric_tp.plan.dropouts import check_drawn, inner_dropouts, outer_dropouts
 from fabric_tp.plan.inspection import (
@@ -25,6 +25,7 @@ from fabric_tp.plan.inspection import (
 from fabric_tp.plan.modules import attribute, join
 from fabric_tp.plan.options import TransformerOptions, layout_of
 from fabric_tp.plan.plan import Plan
+from fabric_tp.plan.stacked import readable, stacked_experts
 from fabric_tp.styles import (
     AllHeadsNorm,
     Colwise,
@@ -40,13 +41,13 @@ from fabric_tp.styles import (
     PrepareInput,
     PrepareInputOutput,
     RandomHeads,
+    RandomReplicated,
     RandomUnsharded,
     Replicated,
     Rowwise,
     ScatterInput,
     ShardHeads,
     SharedHeads,
-    StackedExperts,
     Style,
     Unsharded,
     VocabParallelEmbedding,
@@ -92,6 +93,9 @@ def derive_plan(
             layout, regather=options.regather, loss_parallel=options.loss_parallel, fused_loss=options.fused_loss
         )
     plan |= _layer(found.head, head, COLWISE)
+    for name, inner in found.whole.items():  # all ranks see the same and compute the same, random numbers included
+        plan |= {**dict.fromkeys(inner, Replicated()), name: RandomReplicated()}
+    plan |= dict.fromkeys(found.whole_dropouts.rates, Dropout())
     return plan | outer_dropouts(architecture, found.dropouts, layout, measured and tensor_parallel_size > 1)
 
 
@@ -145,8 +149,9 @@ class _Deriver:
         if found.cross_attention and self.described.cross_attention:
             plan |= _under(self.described.cross_attention.name, self.attention(found.cross_attention, layout))
         if found.experts and self.described.experts:
-            return plan | _under(self.described.experts.name, self.experts(found.experts))
-        assert found.feed_forward is not None
+            plan |= _under(self.described.experts.name, self.experts(found.experts))
+        if not found.feed_forward:
+            return plan
         if not feed_forward:
             colwise = Colwise(inner, regather=options.regather, takes_rows=found.feed_forward.takes_rows)
             return plan | _hidden(found.feed_forward, inner, self.size, colwise)
@@ -178,6 +183,7 @@ class _Deriver:
         plan |= {norm.name: _qk_norm(norm, found.heads.size, None) for norm in found.query_norms}
         plan |= {norm.name: _qk_norm(norm, found.heads.size, shared) for norm in found.key_norms}
         plan |= {name: Replicated(partial_gradient=True) for name in found.whole}
+        plan |= {norm.name: _norm_of_all(norm) for norm in found.output_norms}
         plan |= _rowwise(found.outputs, layout)
         inputs = (*found.queries, *found.keys_values)
         return plan | inner_dropouts(found, inputs, layout, self.size)
@@ -189,26 +195,27 @@ class _Deriver:
         """
         described, layout = self.described.experts, layout_of(self.options)
         assert described is not None
-        plan: Styles = {"": PrepareInputOutput(layout, layout, regather=False, reads=found.whole)}
+        experts = {join(described.experts, owner): stacked for owner, stacked in found.stacked.items()}
+        plan: Styles = {
+            "": PrepareInputOutput(
+                layout,
+                layout,
+                regather=False,
+                reads=(*found.whole, *readable(experts, described.experts)),
+                whole=found.own,
+                hidden_sizes=found.hidden_sizes,
+            )
+        }
         plan |= {name: Replicated(partial_gradient=True) for name in found.whole}
+        plan |= {name: RandomReplicated(partial_gradient=True) for name in found.sampling}
+        plan |= {path: stacked_experts(stacked) for path, stacked in experts.items()}
         plan |= {name: Dropout() for name in found.dropouts.rates}  # between the experts all is whole, or a sum of it
         mlps = dict(found.shared)
         if found.expert:
             mlps[f"{described.experts}.*"] = found.expert
-        if found.stacked:
-            plan[described.experts] = _stacked(found.stacked)
         for name, mlp in mlps.items():
             plan |= _under(name, _hidden(mlp, None, self.size))
         return plan
-
-
-def _stacked(found: dict[str, Stacked]) -> StackedExperts:
-    return StackedExperts(
-        {name: each.dim for name, each in found.items() if each.dim is not None},
-        parts=next((each.parts for each in found.values() if each.parts), ()),
-        fused=tuple(name for name, each in found.items() if each.parts),
-        once=tuple(name for name, each in found.items() if each.dim is None),
-    )
 
 
 def _under(path: str, styles: Styles) -> Styles:
@@ -239,11 +246,15 @@ def _fused_heads(fused: FusedLinear, heads: Heads, shared: Heads | None, adapted
     return {fused.name: adapter, fused.base: base}
 
 
+def _norm_of_all(norm: QKNorm, shared: Heads | None = None) -> AllHeadsNorm:
+    return AllHeadsNorm(norm.features, shared=shared, epsilon=norm.epsilon, unit_offset=norm.unit_offset)
+
+
 def _qk_norm(norm: QKNorm, head_size: int, shared: Heads | None) -> Style:
     """The norm of single heads has a weight of their size, that of all heads together a longer one."""
     if norm.features == head_size:
         return Replicated(partial_gradient=True)
-    return AllHeadsNorm(norm.features, shared=shared, epsilon=norm.epsilon, unit_offset=norm.unit_offset)
+    return _norm_of_all(norm, shared)
 
 
 def _whole_attention(found: FoundAttention, layout: Layout) -> Styles:
@@ -260,6 +271,7 @@ def _feed_forward(found: FoundMLP, layout: Layout | None, size: int, regather: b
 def _hidden(found: FoundMLP, output_layout: Layout | None, size: int, colwise: Colwise = COLWISE) -> Styles:
     plan = _colwise(found.inputs, colwise)
     plan |= {fused.name: FusedColwise(fused.parts, None) for fused in found.fused}
+    plan |= {norm.name: _norm_of_all(norm) for norm in found.norms}
     plan |= _rowwise(found.outputs, output_layout, found.takes_rows)
     plan |= {name: Replicated(partial_gradient=True) for name in found.whole}
     return plan | inner_dropouts(found, found.inputs, output_layout, size)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from fabric_tp.architectures import Architecture, Attention, Block, Experts, FeedForward, HeadCounts
 from fabric_tp.architectures.architecture import FusedLayout, Stacked, children, find_feed_forwards, has
+from fabric_tp.plan.dropout_rates import Dropouts
 from fabric_tp.plan.modules import ask, attribute, child, existing, has_parameters, holders, join, positive, present
 from fabric_tp.styles.dropout import is_dropout
 
@@ -44,23 +45,12 @@ class QKNorm:
 
 
 @dataclass(frozen=True)
-class Dropouts:
-    """The ``nn.Dropout`` modules within a module, by their names."""
-
-    rates: dict[str, float] = field(default_factory=dict)
-    in_adapters: frozenset[str] = frozenset()
-
-    def outside(self, *names: str) -> Dropouts:
-        """Those that are not in these children."""
-        rates = {path: rate for path, rate in self.rates.items() if not any(_is_within(path, name) for name in names)}
-        return Dropouts(rates, self.in_adapters)
-
-
-@dataclass(frozen=True)
 class FoundMLP:
     inputs: tuple[Linear, ...]
     fused: tuple[FusedLinear, ...]
     outputs: tuple[Linear, ...]
+    norms: tuple[QKNorm, ...]
+    """Of all hidden features."""
     whole: tuple[str, ...]
     """Modules with parameters that all hidden features share."""
     takes_rows: bool
@@ -77,6 +67,7 @@ class FoundAttention:
     outputs: tuple[Linear, ...]
     query_norms: tuple[QKNorm, ...]
     key_norms: tuple[QKNorm, ...]
+    output_norms: tuple[QKNorm, ...]
     whole: tuple[str, ...]
     """Modules with parameters of which each rank needs all."""
     every: tuple[str, ...]
@@ -97,9 +88,14 @@ class FoundAttention:
 class FoundExperts:
     whole: tuple[str, ...]
     """Modules with parameters in the router, and others that see every token."""
+    sampling: tuple[str, ...]
+    """Those of them that draw random numbers."""
+    own: tuple[str, ...]
+    hidden_sizes: tuple[str, ...]
     expert: FoundMLP | None
     """None where the experts' parameters are stacked."""
-    stacked: dict[str, Stacked]
+    stacked: dict[str, dict[str, Stacked]]
+    """By the module, within that of the experts, which holds them."""
     shared: dict[str, FoundMLP]
     dropouts: Dropouts
     """Between the experts."""
@@ -128,8 +124,11 @@ class FoundTransformer:
     after: tuple[str, ...]
     """Those between the blocks and the head."""
     head: Linear
+    whole: dict[str, tuple[str, ...]]
+    """What joins the embedding's output: the modules with parameters in each."""
+    whole_dropouts: Dropouts
     dropouts: Dropouts
-    """Outside of the blocks."""
+    """Outside of all these and of the blocks."""
     drawn: dict[str, float]
     """As in :class:`FoundBlock`."""
 
@@ -149,7 +148,9 @@ def inspect_transformer(architecture: Architecture, model: nn.Module) -> FoundTr
         before=tuple(present(model, (*architecture.positions, *architecture.before_blocks))),
         after=tuple(present(model, (*filter(None, [architecture.norm]), *architecture.after_blocks))),
         head=inspector.linear(model, architecture.head),
-        dropouts=inspector.dropouts(model).outside(architecture.blocks),
+        whole={name: holders(model, name) for name in present(model, architecture.whole)},
+        whole_dropouts=inspector.dropouts(model).within(*architecture.whole),
+        dropouts=inspector.dropouts(model).outside(architecture.blocks, *architecture.whole),
         drawn=positive(model, architecture.dropout_rates),
     )
 
@@ -189,11 +190,13 @@ class _Inspector:
         has_experts = experts is not None and has(module, join(experts.name, experts.experts))
         cross = block.cross_attention if block.cross_attention and has(module, block.cross_attention.name) else None
         inner = [block.attention.name, block.feed_forward.name, *(part.name for part in (experts, cross) if part)]
+        beside = experts is not None and experts.name != block.feed_forward.name
+        has_mlp = not has_experts or (beside and has(module, block.feed_forward.name))
         return FoundBlock(
             norms=tuple(name for name in block.norms if has_parameters(module, name)),
             shared_norm=block.shared_norm(module) if block.shared_norm else None,
             attention=self.attention(block.attention, child(module, block.attention.name)),
-            feed_forward=None if has_experts else self.mlp_of_block(block.feed_forward, module),
+            feed_forward=self.mlp_of_block(block.feed_forward, module) if has_mlp else None,
             experts=self.experts(experts, block.feed_forward, module) if has_experts and experts else None,
             cross_attention=self.attention(cross, child(module, cross.name)) if cross else None,
             dropouts=self.dropouts(module).outside(*inner),
@@ -211,6 +214,7 @@ class _Inspector:
             outputs=self.linears(module, attention.outputs),
             query_norms=tuple(self.qk_norm(module, name) for name in present(module, attention.query_norms)),
             key_norms=tuple(self.qk_norm(module, name) for name in present(module, attention.key_norms)),
+            output_norms=tuple(self.qk_norm(module, name) for name in present(module, attention.output_norms)),
             whole=tuple(path for name in present(module, attention.whole) for path in holders(module, name)),
             every=tuple(path for name, _ in module.named_children() for path in holders(module, name)),
             query_counts=existing(module, attention.query_counts),
@@ -229,6 +233,7 @@ class _Inspector:
             inputs=self.linears(module, feed_forward.inputs),
             fused=tuple(self.fused(feed_forward, module, name) for name in present(module, feed_forward.fused)),
             outputs=self.linears(module, feed_forward.outputs),
+            norms=tuple(self.qk_norm(module, name) for name in present(module, feed_forward.norms)),
             whole=tuple(path for name in present(module, feed_forward.whole) for path in holders(module, name)),
             takes_rows=feed_forward.takes_rows,
             dropouts=self.dropouts(module),
@@ -242,12 +247,17 @@ class _Inspector:
 
     def experts(self, experts: Experts, feed_forward: FeedForward, block: nn.Module) -> FoundExperts:
         module, each = block.get_submodule(experts.name), child(block, join(experts.name, experts.experts))
-        has_own = next(each.parameters(recurse=False), None) is not None
-        stacked = dict(ask(experts.stacked, each)) if experts.stacked and has_own else {}
+        stacked: dict[str, dict[str, Stacked]] = {}
+        for path, parameter in (ask(experts.stacked, each) if experts.stacked else {}).items():
+            owner, _, name = path.rpartition(".")
+            stacked.setdefault(owner, {})[name] = parameter
         return FoundExperts(
             whole=tuple(
                 path for name in present(module, (experts.router, *experts.whole)) for path in holders(module, name)
             ),
+            sampling=tuple(path.rpartition(".")[0] for path in experts.sampling if attribute(module, path) is not None),
+            own=tuple(name for name in experts.own if module._parameters.get(name) is not None),
+            hidden_sizes=existing(module, experts.hidden_sizes),
             expert=None if stacked else self.mlp(feed_forward, child(each, "0")),
             stacked=stacked,
             shared={
@@ -292,7 +302,3 @@ def _check_matches(architecture: Architecture, model: nn.Module) -> None:
             f"The model is a {type(model).__name__} and not {architecture.description}. fabric_tp.auto() recognises the"
             " architecture; fabric_tp.from_plan() takes a plan of yours for any other model."
         )
-
-
-def _is_within(path: str, name: str) -> bool:
-    return bool(name) and (path == name or path.startswith(f"{name}."))

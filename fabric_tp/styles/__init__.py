@@ -20,6 +20,7 @@ from fabric_tp.styles.prepare_input import PrepareInput
 from fabric_tp.styles.prepare_input_output import PrepareInputOutput
 from fabric_tp.styles.qk_norm import AllHeadsNorm
 from fabric_tp.styles.random_heads import RandomHeads
+from fabric_tp.styles.random_replicated import RandomReplicated
 from fabric_tp.styles.random_unsharded import RandomUnsharded
 from fabric_tp.styles.replicated import Replicated
 from fabric_tp.styles.rowwise import Rowwise
@@ -46,6 +47,7 @@ __all__ = [
     "PrepareInput",
     "PrepareInputOutput",
     "RandomHeads",
+    "RandomReplicated",
     "RandomUnsharded",
     "Replicated",
     "Rowwise",

@@ -1,8 +1,15 @@
 from __future__ import annotations
 
+import operator
+from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.placement_types import Placement
+
 from fabric_tp.autograd.collectives import Layout
+from fabric_tp.styles.attention_heads import set_attributes
 from fabric_tp.styles.layout import join, leave_sharded, leaving
 from fabric_tp.styles.prepare_input import PrepareInput
 from fabric_tp.styles.style import Held, LocalModule, Parallelized
@@ -34,6 +41,8 @@ class PrepareInputOutput(PrepareInput):
         output_layout: As in :class:`Rowwise`.
         regather: As in :class:`Colwise`.
         reads: Modules inside, with a style of their own, whose parameters the forward of this one may read itself.
+        whole: Parameters of the module itself, of which every rank needs all.
+        hidden_sizes: Attributes, by path from the module, that count hidden features: each rank gets its share.
 
     ===============  ===============  ===========  =========  ===========  ==============  =======================
     input_layout     output_layout    x            inside     y            forward         backward
@@ -61,9 +70,25 @@ class PrepareInputOutput(PrepareInput):
         *,
         regather: bool = True,
         reads: tuple[str, ...] = (),
+        whole: tuple[str, ...] = (),
+        hidden_sizes: tuple[str, ...] = (),
     ) -> None:
         super().__init__(input_layout, regather=regather)
         self.output_layout, self.reads = output_layout, reads
+        self.whole, self.hidden_sizes = whole, hidden_sizes
+
+    def placements(self, module: nn.Module) -> Mapping[str, Placement]:
+        return {name: Replicate() for name in self.whole}
+
+    def partial(self, module: nn.Module) -> frozenset[str]:
+        return frozenset(self.whole)
+
+    def divided(self, module: nn.Module) -> Mapping[str, int]:
+        return {path: operator.attrgetter(path)(module) for path in self.hidden_sizes}
+
+    def prepare(self, module: nn.Module, this: Parallelized) -> None:
+        sizes = self.divided(module)
+        set_attributes(module, {path: size // this.group.size for path, size in sizes.items()})
 
     def leave(self, this: Parallelized, y: Any) -> Any:
         if isinstance(y, tuple):

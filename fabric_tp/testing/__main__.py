@@ -22,6 +22,7 @@ from fabric_tp.testing.small import (
     small_causal,
     small_config,
     small_gpt,
+    small_inputs,
     small_lora,
 )
 
@@ -85,7 +86,8 @@ def _verdict(
     try:
         model = build()
         with torch.no_grad():
-            model(tokens)
+            inputs = small_inputs(model, tokens)
+            model(**inputs) if isinstance(inputs, dict) else model(inputs)
     except Exception as error:
         return "not built", _first_line(error)
     try:
@@ -95,7 +97,7 @@ def _verdict(
     except Exception as error:
         return "ERROR", _first_line(error)
     try:
-        report = Report(ranks(compare, build, parallelize_fn, tokens, next_token_loss, sizes, steps))
+        report = Report(ranks(compare, build, parallelize_fn, inputs, next_token_loss, sizes, steps))
     except AssertionError as error:
         return "DIFFERENT", str(error).strip().splitlines()[-1]
     worst, off = report.worst

@@ -10,6 +10,7 @@ from torch import nn
 from fabric_tp.architectures.huggingface import small as huggingface
 from fabric_tp.architectures.huggingface.small import TRANSFORMERS as TRANSFORMERS
 from fabric_tp.architectures.huggingface.small import causal_types as causal_types
+from fabric_tp.architectures.huggingface.small import small_inputs as small_inputs
 from fabric_tp.architectures.litgpt import small as litgpt
 from fabric_tp.architectures.litgpt.small import LORA as LORA
 from fabric_tp.architectures.litgpt.small import names as names

@@ -1,8 +1,11 @@
 """Transformers: the descriptions of its causal language models, and, beside them, all else that knows them."""
 
 from fabric_tp.architectures.huggingface.bart import BART, BIGBIRD_PEGASUS, TROCR, WHISPER
+from fabric_tp.architectures.huggingface.dbrx import DBRX
 from fabric_tp.architectures.huggingface.description import BLOCK, HUGGINGFACE
+from fabric_tp.architectures.huggingface.granite_moe import GRANITE_MOE
 from fabric_tp.architectures.huggingface.llama4 import LLAMA4
+from fabric_tp.architectures.huggingface.multimodal import FUYU, MULTIMODAL
 from fabric_tp.architectures.huggingface.phi import PHI
 from fabric_tp.architectures.huggingface.xglm import BIOGPT, XGLM
 
@@ -11,8 +14,12 @@ __all__ = [
     "BIGBIRD_PEGASUS",
     "BIOGPT",
     "BLOCK",
+    "DBRX",
+    "FUYU",
+    "GRANITE_MOE",
     "HUGGINGFACE",
     "LLAMA4",
+    "MULTIMODAL",
     "PHI",
     "TROCR",
     "WHISPER",

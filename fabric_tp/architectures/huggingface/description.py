@@ -51,6 +51,8 @@ def _stacked(experts: nn.Module) -> Mapping[str, Stacked]:
     apply_gate = getattr(module, "_apply_gate", None)
     consecutive = apply_gate is None or apply_gate.__name__ == "_default_apply_gate"
     known = {
+        "fc1.weight": Stacked(2, ("projection", "gate")),  # Aria
+        "fc2.weight": Stacked(1),
         "gate_up_proj": Stacked(outputs, ("gate", "up") if consecutive else ()),  # GPT-OSS: each gate beside its up
         "gate_up_proj_bias": Stacked(1, ("gate", "up") if consecutive else ()),
         "up_proj": Stacked(outputs),
@@ -58,7 +60,7 @@ def _stacked(experts: nn.Module) -> Mapping[str, Stacked]:
         "down_proj": Stacked(inputs),
         "down_proj_bias": Stacked(None),
     }
-    return {name: known[name] for name in dict(experts.named_parameters(recurse=False)) if name in known}
+    return {name: known[name] for name, _ in experts.named_parameters() if name in known}
 
 
 EXPERTS = Experts(
@@ -68,6 +70,8 @@ EXPERTS = Experts(
     stacked=_stacked,
     shared=("shared_expert", "shared_experts", "shared_mlp"),
     whole=("router", "shared_expert_gate"),
+    own=("expert_bias",),  # AFMoE
+    sampling=("router.router_jitter_noise",),  # Phi-3.5-MoE
 )
 
 BLOCK = Block(
@@ -76,6 +80,7 @@ BLOCK = Block(
         "post_attention_layernorm",
         "pre_feedforward_layernorm",
         "post_feedforward_layernorm",
+        "pre_mlp_layernorm",  # AFMoE
         "post_self_attn_layernorm",  # GLM-4
         "post_mlp_layernorm",
         "attention_layernorm",  # Apertus
@@ -84,9 +89,9 @@ BLOCK = Block(
     attention=Attention(
         name="self_attn",
         counts=_counts,
-        queries=("q_proj", "q_b_proj"),
+        queries=("q_proj", "q_b_proj", "gate_proj"),
         keys_values=("k_proj", "v_proj", "kv_b_proj"),
-        whole=("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm"),
+        whole=("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm", "indexer"),
         fused={
             "qkv_proj": Fused(_qkv, "consecutive"),
             "query_key_value": Fused(_qkv, "by_group"),
@@ -94,6 +99,7 @@ BLOCK = Block(
         outputs=("o_proj", "out_proj", "dense"),
         query_norms=("q_norm", "q_layernorm", "query_layernorm"),
         key_norms=("k_norm", "k_layernorm", "key_layernorm"),
+        output_norms=("attn_sub_norm",),  # BitNet
         query_counts=("num_heads", "config.num_attention_heads"),
         key_value_counts=("num_key_value_heads", "config.num_key_value_heads"),
         group_sizes=("num_key_value_groups",),
@@ -106,16 +112,18 @@ BLOCK = Block(
         inputs=("gate_proj", "up_proj", "fc1", "c_fc", "fc_in", "dense_h_to_4h"),
         fused={"gate_up_proj": Fused(_gate_and_up, "consecutive")},
         outputs=("down_proj", "fc2", "c_proj", "fc_out", "dense_4h_to_h"),
+        norms=("ffn_sub_norm",),
         whole=("act_fn",),
     ),
     experts=EXPERTS,
-    dropout_rates=("mlp.jitter_noise", "mlp.input_jitter_noise", "mlp.router_jitter_noise"),
+    dropout_rates=("mlp.jitter_noise", "mlp.input_jitter_noise"),
 )
 
 HUGGINGFACE = Architecture(
     name="huggingface",
     description="a Transformers causal LM with Llama-like names (Llama, Mistral, Qwen 2 and 3, Phi-3, Gemma 2, OLMo 2)",
     embedding="model.embed_tokens",
+    whole=("model.embed_tokens_extend",),  # Phi-4-multimodal
     blocks="model.layers",
     block=BLOCK,
     norm="model.norm",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fabric_tp.architectures.small import HIDDEN, LENGTH, VOCABULARY, WINDOW
 
@@ -52,8 +52,22 @@ SIZES: dict[str, Any] = {
 }
 """Small sizes by the names that configs of Transformers have for them."""
 
-TYPES: dict[str, dict[str, Any]] = {}
+TYPES: dict[str, dict[str, Any]] = {
+    **{name: {"head_dim": 8} for name in ("ministral", "hunyuan_v1_dense", "hunyuan_v1_moe")},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 4, "clip_qkv": 0.5, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 64, "hidden_size": HIDDEN, "moe_num_experts": 4, "moe_top_k": 2},
+    },  # its ffn_hidden_size is the model's width
+    "phimoe": {"router_jitter_noise": 0.0},  # the only way to have the same experts each time in training
+    "afmoe": {"num_dense_layers": 1},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "reformer": {"axial_pos_embds": False},
+}
 """What the configs of some types need besides small sizes."""
+
+INPUTS: dict[str, tuple[str, ...]] = {"gemma3": ("token_type_ids",)}
+"""Arguments of the tokens' shape without which some types do not train; of 0 for text."""
 
 UNSET = ("num_key_value_heads", "num_experts_per_tok", "pad_token_id", "sliding_window", "use_cache")
 """Those that are given even where a config has None; other sizes then follow from the rest."""
@@ -89,11 +103,21 @@ def small_causal(model_type: str, **overrides: Any) -> nn.Module:
     """
     transformers = _transformers()
     config = _small_config(transformers.CONFIG_MAPPING[model_type], {**TYPES.get(model_type, {}), **overrides})
+    model_class = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+    is_outer = not isinstance(config, model_class.config_class)
+    if is_outer:  # of a model with eyes or ears, within which is that of its language model
+        config = config.get_text_config()
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return transformers.AutoModelForCausalLM.from_config(config)
+        return model_class(config) if is_outer else transformers.AutoModelForCausalLM.from_config(config)
+
+
+def small_inputs(model: nn.Module, tokens: Tensor) -> Tensor | dict[str, Tensor]:
+    """What a model takes to be trained on these tokens: nothing else, or arguments by their names."""
+    others = INPUTS.get(getattr(model.config, "model_type", ""), ())
+    return {"input_ids": tokens, **{name: torch.zeros_like(tokens) for name in others}} if others else tokens
 
 
 def _small_config(config_class: type, overrides: dict[str, Any]) -> Any:
