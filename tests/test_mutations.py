@@ -16,7 +16,7 @@ from fabric_tp.parallelize.partial_gradients import PartialGradients
 from fabric_tp.styles import AllHeadsNorm
 from fabric_tp.styles.style import LocalModule
 from fabric_tp.testing.parity import TOLERANCE
-from fabric_tp.testing.small import small_config, small_gpt, small_lora
+from fabric_tp.testing.small import small_causal, small_config, small_gpt, small_lora
 from tests.parity import differences_of
 
 
@@ -41,9 +41,13 @@ def drop_gradient_sum(*layers: str, model: nn.Module) -> None:
             ]
 
 
-def drop_mean_across_ranks(*, model: nn.Module) -> None:
+def drop_mean_across_ranks(*layers: str, model: nn.Module) -> None:
+    """In these norms, or in all."""
     norms = [
-        m for m in model.modules() if isinstance(m, LocalModule) and isinstance(m.parallelized.style, AllHeadsNorm)
+        module
+        for path, module in model.named_modules()
+        if isinstance(module, LocalModule) and isinstance(module.parallelized.style, AllHeadsNorm)
+        if not layers or path.rpartition(".")[2] in layers
     ]
     assert norms
     for norm in norms:
@@ -61,6 +65,8 @@ MUTATIONS = {
     "key norm": (gpt("Qwen3-0.6B"), partial(drop_gradient_sum, ".norm_k.")),
     "router": (gpt("Mixtral-8x7B-v0.1", n_head=8, n_query_groups=4), partial(drop_gradient_sum, ".mlp.gate.")),
     "mean of OLMo 2": (gpt("OLMo-2-1124-7B", n_head=8, n_query_groups=8), drop_mean_across_ranks),
+    "mean of what the heads give": (partial(small_causal, "bitnet"), partial(drop_mean_across_ranks, "attn_sub_norm")),
+    "mean of hidden features": (partial(small_causal, "bitnet"), partial(drop_mean_across_ranks, "ffn_sub_norm")),
     "low-rank A": (partial(small_lora, "Llama-3-8B", "every layer"), partial(drop_gradient_sum, ".fc_1.lora_A.")),
     "low-rank B": (partial(small_lora, "Llama-3-8B", "every layer"), partial(drop_gradient_sum, ".proj.lora_B.")),
 }
@@ -70,7 +76,7 @@ MUTATIONS = {
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_notices(pool, mutation, sequence_parallel) -> None:
     build, break_model = MUTATIONS[mutation]
-    parallelize_fn = fabric_tp.litgpt(sequence_parallel=sequence_parallel)
+    parallelize_fn = fabric_tp.auto(sequence_parallel=sequence_parallel)
     worst = differences_of(pool, build, parallelize_fn, break_model=partial(_by_keyword, break_model))
     assert max(worst.values()) > 10 * TOLERANCE
 

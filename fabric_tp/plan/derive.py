@@ -94,7 +94,8 @@ def derive_plan(
         )
     plan |= _layer(found.head, head, COLWISE)
     for name, inner in found.whole.items():  # all ranks see the same and compute the same, random numbers included
-        plan |= {**dict.fromkeys(inner, Replicated()), name: RandomReplicated()}
+        reads = tuple(path.removeprefix(f"{name}.") for path in inner if path != name)
+        plan |= {**dict.fromkeys(inner, Replicated()), name: RandomReplicated(reads=reads)}
     plan |= dict.fromkeys(found.whole_dropouts.rates, Dropout())
     return plan | outer_dropouts(architecture, found.dropouts, layout, measured and tensor_parallel_size > 1)
 

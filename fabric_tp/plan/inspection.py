@@ -11,6 +11,7 @@ from fabric_tp.architectures import Architecture, Attention, Block, Experts, Fee
 from fabric_tp.architectures.architecture import FusedLayout, Stacked, children, find_feed_forwards, has
 from fabric_tp.plan.dropout_rates import Dropouts
 from fabric_tp.plan.modules import ask, attribute, child, existing, has_parameters, holders, join, positive, present
+from fabric_tp.plan.stacked import by_holder
 from fabric_tp.styles.dropout import is_dropout
 
 
@@ -247,10 +248,7 @@ class _Inspector:
 
     def experts(self, experts: Experts, feed_forward: FeedForward, block: nn.Module) -> FoundExperts:
         module, each = block.get_submodule(experts.name), child(block, join(experts.name, experts.experts))
-        stacked: dict[str, dict[str, Stacked]] = {}
-        for path, parameter in (ask(experts.stacked, each) if experts.stacked else {}).items():
-            owner, _, name = path.rpartition(".")
-            stacked.setdefault(owner, {})[name] = parameter
+        stacked = by_holder(ask(experts.stacked, each)) if experts.stacked else {}
         return FoundExperts(
             whole=tuple(
                 path for name in present(module, (experts.router, *experts.whole)) for path in holders(module, name)

@@ -18,6 +18,15 @@ def stacked_experts(parameters: Mapping[str, Stacked]) -> StackedExperts:
     )
 
 
+def by_holder(parameters: Mapping[str, Stacked]) -> dict[str, dict[str, Stacked]]:
+    """The parameters, by their paths, of each module that holds some."""
+    held: dict[str, dict[str, Stacked]] = {}
+    for path, parameter in parameters.items():
+        holder, _, name = path.rpartition(".")
+        held.setdefault(holder, {})[name] = parameter
+    return held
+
+
 def readable(holders: Mapping[str, Mapping[str, Stacked]], experts: str) -> tuple[str, ...]:
     """Of the modules that hold parameters, those whose parameters the experts' own forward may use as they are."""
     return tuple(

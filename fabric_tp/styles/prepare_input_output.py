@@ -12,15 +12,11 @@ from fabric_tp.autograd.collectives import Layout
 from fabric_tp.styles.attention_heads import set_attributes
 from fabric_tp.styles.layout import join, leave_sharded, leaving
 from fabric_tp.styles.prepare_input import PrepareInput
-from fabric_tp.styles.style import Held, LocalModule, Parallelized
+from fabric_tp.styles.style import LocalModule, Parallelized
 
 
 class _Summed(LocalModule):
     parallelized: Parallelized[PrepareInputOutput]
-
-    def take_local(self) -> Held:
-        inner = [self.get_submodule(name) for name in self.parallelized.style.reads]
-        return super().take_local() + [each for module in inner for each in module.take_local()]  # type: ignore[operator]
 
     def compute(self, *args: Any, **kwargs: Any) -> Any:
         y = super().compute(*args, **kwargs)

@@ -14,6 +14,7 @@ class RandomReplicated(Replicated):
 
     Args:
         partial_gradient: As in :class:`Replicated`.
+        reads: As in :class:`PrepareInputOutput`.
 
     ================  ==============  ======  ==============  =======  ========  ===============
     partial_gradient  x               weight  y               forward  backward  gradient
@@ -32,5 +33,6 @@ class RandomReplicated(Replicated):
 
     module_class = RandomModule
 
-    def __init__(self, *, partial_gradient: bool = False) -> None:
+    def __init__(self, *, partial_gradient: bool = False, reads: tuple[str, ...] = ()) -> None:
         super().__init__("replicate", partial_gradient=partial_gradient)
+        self.reads = reads

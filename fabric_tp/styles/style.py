@@ -90,6 +90,8 @@ class LocalModule(nn.Module):
                 if isinstance(parameter, DTensor):
                     holder._parameters[name] = self.localize(prefix + name, self.local(prefix + name, parameter))  # type: ignore[assignment]
                     held.append((holder, name, parameter))
+        for name in self.parallelized.style.reads:
+            held += self.get_submodule(name).take_local()  # type: ignore[operator]
         return held
 
     def local(self, name: str, parameter: Tensor) -> Tensor:
@@ -137,6 +139,9 @@ class Style(ParallelStyle):
     rounds_up: ClassVar[bool] = False
     """Each rank has the next ``ceil(n / t)`` of what is split, and the last one what is left, which must be something.
     Otherwise the number of ranks must divide it."""
+
+    reads: tuple[str, ...] = ()
+    """Modules inside, with a style of their own, whose parameters the forward of this one may read itself."""
 
     def placements(self, module: nn.Module) -> Mapping[str, Placement]:
         """Placement of each parameter that the module, itself or in its own parts, holds when it is parallelized."""

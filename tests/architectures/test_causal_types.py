@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import fabric_tp
-from fabric_tp.architectures import BART, recognise
+from fabric_tp.architectures import BART, Architecture, recognise
 from fabric_tp.testing.ranks import mesh
 from fabric_tp.testing.small import LENGTH, VOCABULARY, causal_types, small_causal
 from tests.parity import assert_equal
@@ -32,6 +33,11 @@ TYPES = {
     "opt": "bart",  # its blocks put the tokens in a row
     "bigbird_pegasus": "bigbird_pegasus",  # as BART, but the norm is after the blocks
     "whisper": "whisper",
+    "granitemoeshared": "granite_moe",  # modules with the parameters of all experts, and an MLP beside them
+    "dbrx": "dbrx",  # queries, keys and values in one layer; experts who count their hidden features
+    "phimoe": "huggingface",  # a router that draws random numbers
+    "afmoe": "huggingface",  # a gate after attention; a parameter beside the router
+    "bitnet": "huggingface",  # norms over all heads' outputs and over all hidden features
 }
 
 
@@ -116,8 +122,8 @@ def test_router_logits_in_a_call_are_refused(pool) -> None:
 
 
 REFUSED = {
-    "granitemoe": r"The architecture of this GraniteMoeForCausalLM is not known",
-    "phimoe": r"model\.layers\.0\.mlp\.router draws random numbers in its forward .* each rank would draw others",
+    "jetmoe": r"The architecture of this JetMoeForCausalLM is not known",
+    "doge": r"No style of the plan covers the parameters model\.layers\.0\.input_residual",
     "trocr": r"model\.decoder\.layers\.0\.self_attn \(TrOCRAttention\) cannot run on one of 2 ranks: .*reshape",
     "minimax": r"model\.layers\.1: .* a MiniMaxLightningAttention has cannot be told: It has no",
     "mamba": "The architecture of this MambaForCausalLM is not known",
@@ -129,4 +135,38 @@ def test_what_is_not_covered_is_refused_by_name(model_type) -> None:
     assert model_type in causal_types()
     with pytest.raises(ValueError, match=REFUSED[model_type]) as refused:
         fabric_tp.auto().check(small_causal(model_type), tensor_parallel_size=2)
-    assert model_type == "phimoe" or "from_plan" in str(refused.value)
+    assert "from_plan" in str(refused.value)
+
+
+def without_of_block(architecture: Architecture, part: str, name: str) -> Architecture:
+    assert architecture.block
+    lacking: Any = replace(getattr(architecture.block, part), **{name: ()})
+    return replace(architecture, block=replace(architecture.block, **{part: lacking}), tested=())
+
+
+LACKING = {
+    ("phimoe", "experts", "sampling"): r"model\.layers\.0\.mlp\.router draws random numbers in its forward",
+    ("afmoe", "experts", "own"): r"No style of the plan covers the parameters model\.layers\.1\.mlp\.expert_bias",
+    ("bitnet", "attention", "output_norms"): r"covers the parameters model\.layers\.0\.self_attn\.attn_sub_norm",
+    ("bitnet", "feed_forward", "norms"): r"covers the parameters model\.layers\.0\.mlp\.ffn_sub_norm",
+}
+
+
+@pytest.mark.parametrize("lacking", LACKING, ids=" ".join)
+def test_a_description_that_lacks_something_is_noticed(lacking) -> None:
+    model_type, part, name = lacking
+    model = small_causal(model_type)
+    described = without_of_block(recognise(model), part, name)
+    with pytest.raises(ValueError, match=LACKING[lacking]):
+        fabric_tp.Parallelize(architecture=described).check(model, tensor_parallel_size=2)
+
+
+def do_not_count_hidden_features() -> None:
+    model = small_causal("dbrx")
+    described = without_of_block(recognise(model), "experts", "hidden_sizes")
+    with pytest.raises(ValueError, match=r"transformer\.blocks\.0\.ffn\.experts .* cannot run on one of 2 ranks"):
+        fabric_tp.Parallelize(architecture=described)(model, mesh(1, 2))
+
+
+def test_sizes_that_are_not_described_are_noticed(pool) -> None:
+    pool(2)(do_not_count_hidden_features)

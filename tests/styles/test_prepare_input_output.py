@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import parallelize_module
 
 from fabric_tp.styles import Colwise, Layout, PrepareInputOutput, Rowwise
+from fabric_tp.styles.style import check_divisible
 from fabric_tp.testing.ranks import mesh
 from fabric_tp.testing.small import randomize
 from tests.styles.modules import linear
@@ -36,6 +39,23 @@ class Flat(Sum):
         return self.down[0](self.up[0](x)) + self.down[1](self.up[1](x)), "beside it"
 
 
+class Weighted(Sum):
+    """What it gives of all tokens is weighted by numbers of its own, and reshaped by the count of hidden features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.randn(SIZES["h"]))
+        self.counted = nn.Module()
+        self.counted.features = SIZES["f"]  # type: ignore[assignment]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.seen = tuple(hidden.shape)
+        y = torch.zeros_like(hidden)
+        for up, down in zip(self.up, self.down, strict=True):
+            y = y + self.weights * down(up(hidden).view(*hidden.shape[:2], self.counted.features))
+        return y
+
+
 EXAMPLE = Example(
     PrepareInputOutput,
     Sum,
@@ -46,6 +66,14 @@ EXAMPLE = Example(
 @pytest.mark.parametrize("row", rows(PrepareInputOutput), ids=name_of)
 def test_table(pool, row) -> None:
     pool(2)(check, EXAMPLE, row)
+
+
+def test_own_parameters_and_sizes(pool) -> None:
+    example = replace(EXAMPLE, build=Weighted, arguments={"whole": ("weights",), "hidden_sizes": ("counted.features",)})
+    row = rows(PrepareInputOutput)[0]
+    pool(2)(check, example, {**row, "weights": "(h,)", "gradient": "partial: weights"})
+    with pytest.raises(ValueError, match=r"counted\.features=12"):
+        check_divisible("Weighted", example.style_of(row).divided(Weighted()), 5)
 
 
 def both(layout: Layout) -> bool:

@@ -59,6 +59,18 @@ TYPES: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 4, "clip_qkv": 0.5, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 64, "hidden_size": HIDDEN, "moe_num_experts": 4, "moe_top_k": 2},
     },  # its ffn_hidden_size is the model's width
+    "gemma3": {
+        "vision_config": {
+            "hidden_size": 64,
+            "intermediate_size": HIDDEN,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 8,
+            "image_size": 32,
+            "patch_size": 8,
+        },
+        "mm_tokens_per_image": 4,
+        "image_token_index": VOCABULARY - 1,
+    },
     "phimoe": {"router_jitter_noise": 0.0},  # the only way to have the same experts each time in training
     "afmoe": {"num_dense_layers": 1},
     "gemma3n_text": {"num_kv_shared_layers": 0},
