@@ -29,6 +29,7 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "n_words", "text_vocab_size"), VOCABULARY),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "emb_dim", "embed_dim", "word_embed_proj_dim"), 64),
+    **dict.fromkeys(("hidden_size_global",), 64),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads"), 8),
     **dict.fromkeys(("encoder_attention_heads",), 8),
