@@ -74,6 +74,7 @@ TYPES: dict[str, dict[str, Any]] = {
     },
     "phimoe": {"router_jitter_noise": 0.0},  # the only way to have the same experts each time in training
     "afmoe": {"num_dense_layers": 1},
+    "glm_moe_dsa": {"index_topk": 4},  # fewer than there are tokens
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "reformer": {"axial_pos_embds": False},
 }
