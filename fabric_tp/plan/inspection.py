@@ -10,7 +10,7 @@ from torch import nn
 from fabric_tp.architectures import Architecture, Attention, Block, Experts, FeedForward, HeadCounts
 from fabric_tp.architectures.architecture import FusedLayout, Stacked, children, find_feed_forwards, has
 from fabric_tp.plan.dropout_rates import Dropouts
-from fabric_tp.plan.modules import ask, attribute, child, existing, has_parameters, holders, join, positive, present
+from fabric_tp.plan.modules import all_holders, ask, attribute, child, existing, has_parameters, join, positive, present
 from fabric_tp.plan.stacked import by_holder
 from fabric_tp.styles.dropout import is_dropout
 
@@ -149,7 +149,7 @@ def inspect_transformer(architecture: Architecture, model: nn.Module) -> FoundTr
         before=tuple(present(model, (*architecture.positions, *architecture.before_blocks))),
         after=tuple(present(model, (*filter(None, [architecture.norm]), *architecture.after_blocks))),
         head=inspector.linear(model, architecture.head),
-        whole={name: holders(model, name) for name in present(model, architecture.whole)},
+        whole={name: all_holders(model, (name,)) for name in present(model, architecture.whole)},
         whole_dropouts=inspector.dropouts(model).within(*architecture.whole),
         dropouts=inspector.dropouts(model).outside(architecture.blocks, *architecture.whole),
         drawn=positive(model, architecture.dropout_rates),
@@ -216,8 +216,8 @@ class _Inspector:
             query_norms=tuple(self.qk_norm(module, name) for name in present(module, attention.query_norms)),
             key_norms=tuple(self.qk_norm(module, name) for name in present(module, attention.key_norms)),
             output_norms=tuple(self.qk_norm(module, name) for name in present(module, attention.output_norms)),
-            whole=tuple(path for name in present(module, attention.whole) for path in holders(module, name)),
-            every=tuple(path for name, _ in module.named_children() for path in holders(module, name)),
+            whole=all_holders(module, attention.whole),
+            every=all_holders(module, [name for name, _ in module.named_children()]),
             query_counts=existing(module, attention.query_counts),
             key_value_counts=existing(module, attention.key_value_counts),
             group_sizes=existing(module, attention.group_sizes),
@@ -235,7 +235,7 @@ class _Inspector:
             fused=tuple(self.fused(feed_forward, module, name) for name in present(module, feed_forward.fused)),
             outputs=self.linears(module, feed_forward.outputs),
             norms=tuple(self.qk_norm(module, name) for name in present(module, feed_forward.norms)),
-            whole=tuple(path for name in present(module, feed_forward.whole) for path in holders(module, name)),
+            whole=all_holders(module, feed_forward.whole),
             takes_rows=feed_forward.takes_rows,
             dropouts=self.dropouts(module),
             class_name=type(module).__name__,
@@ -250,9 +250,7 @@ class _Inspector:
         module, each = block.get_submodule(experts.name), child(block, join(experts.name, experts.experts))
         stacked = by_holder(ask(experts.stacked, each)) if experts.stacked else {}
         return FoundExperts(
-            whole=tuple(
-                path for name in present(module, (experts.router, *experts.whole)) for path in holders(module, name)
-            ),
+            whole=all_holders(module, (experts.router, *experts.whole)),
             sampling=tuple(path.rpartition(".")[0] for path in experts.sampling if attribute(module, path) is not None),
             own=tuple(name for name in experts.own if module._parameters.get(name) is not None),
             hidden_sizes=existing(module, experts.hidden_sizes),

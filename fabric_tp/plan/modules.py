@@ -45,6 +45,11 @@ def holders(module: nn.Module, name: str) -> tuple[str, ...]:
     return tuple(join(name, path) for path, owner in within if any(True for _ in owner.parameters(recurse=False)))
 
 
+def all_holders(module: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+    """Those within all these children, of which some may be missing."""
+    return tuple(path for name in present(module, names) for path in holders(module, name))
+
+
 def existing(module: nn.Module, paths: tuple[str, ...]) -> tuple[str, ...]:
     """The paths to attributes that hold a number."""
     return tuple(path for path in paths if isinstance(attribute(module, path), int))
