@@ -10,6 +10,7 @@ from fabric_tp.architectures.architecture import (
     FeedForward,
     Fused,
     HeadCounts,
+    Mixer,
     Stacked,
 )
 from fabric_tp.architectures.base_model import BASE_MODEL
@@ -23,12 +24,19 @@ from fabric_tp.architectures.huggingface import (
     FUYU,
     GRANITE_MOE,
     HUGGINGFACE,
+    JAMBA,
+    LFM2,
     LLAMA4,
+    MAMBA,
     MULTIMODAL,
+    NEMOTRON_H,
     PHI,
+    RECURRENT_GEMMA,
+    RWKV,
     TROCR,
     WHISPER,
     XGLM,
+    XLSTM,
 )
 from fabric_tp.architectures.litgpt import LITGPT
 from fabric_tp.architectures.llama import LLAMA
@@ -50,6 +58,13 @@ KNOWN = (
     BART,
     TROCR,
     WHISPER,
+    JAMBA,
+    LFM2,
+    RECURRENT_GEMMA,
+    NEMOTRON_H,
+    MAMBA,
+    XLSTM,
+    RWKV,
     BASE_MODEL,
     FEED_FORWARD,
 )
@@ -87,6 +102,7 @@ __all__ = [
     "FeedForward",
     "Fused",
     "HeadCounts",
+    "Mixer",
     "Stacked",
     "recognise",
 ]

@@ -109,6 +109,8 @@ class FeedForward:
     """Modules whose parameters all hidden features share, such as an activation with a learned slope."""
     takes_rows: bool = False
     """Of a block's own layers: the block may give them tokens in a row, ``(b * s, h)``."""
+    gates: tuple[str, ...] = ()
+    """Layers of the model's width, made from the input like the hidden features, that the output is multiplied by."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,19 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Mixer:
+    """A module that mixes tokens in place of attention, or beside it, and splits in no way: a convolution, a state
+    space, linear attention. Every rank computes it whole, with ``replicate_attention=True``."""
+
+    name: str
+    layers: tuple[str, ...] = ()
+    """Modules in it, all of which tell it from attention or an MLP that has the same name in another block."""
+
+    def is_in(self, block: nn.Module) -> bool:
+        return has(block, self.name) and all(has(block, f"{self.name}.{layer}") for layer in self.layers)
+
+
+@dataclass(frozen=True)
 class Block:
     norms: tuple[str, ...]
     attention: Attention
@@ -155,10 +170,29 @@ class Block:
     """In place of the MLP; or beside it, where they have another name."""
     cross_attention: Attention | None = None
     """A second attention, to the output of an encoder, that some models have; its forward need not be called."""
+    mixers: tuple[Mixer, ...] = ()
+    """A block may have these and no attention."""
+    one_part: bool = False
+    """Each block is one of mixer, attention, MLP and experts, which may all have the same name."""
     dropout_rates: tuple[str, ...] = ()
     """Attributes that hold a rate of dropout in the block's own forward, without a module; it must be 0."""
     shared_norm: Callable[[nn.Module], str | None] | None = None
     """From a block to the norm whose output both attention and MLP take, and both add to the block's input."""
+
+    def has_attention(self, block: nn.Module) -> bool:
+        return _has_layers(block, self.attention) and not any(
+            mixer.name == self.attention.name and mixer.is_in(block) for mixer in self.mixers
+        )
+
+    def has_feed_forward(self, block: nn.Module) -> bool:
+        return _has_layers(block, self.feed_forward)
+
+    def describes(self, block: nn.Module) -> bool:
+        """Whether the block's parts have the names that are described; its layers are not all looked for."""
+        mixes = self.has_attention(block) or any(mixer.is_in(block) for mixer in self.mixers)
+        names = [self.feed_forward.name, *([self.experts.name] if self.experts else [])]
+        feeds = any(not name or has(block, name) for name in names)
+        return (mixes or feeds) if self.one_part else (mixes and feeds)
 
 
 @dataclass(frozen=True)
@@ -220,16 +254,11 @@ class Architecture:
         if self.block is None:
             assert self.feed_forward is not None
             return bool(find_feed_forwards(self.feed_forward, model))
-        blocks = list(children(model, self.blocks).values())
-        attention = self.block.attention
-        inputs = (*attention.queries, *attention.fused)
-        feed_forwards = [self.block.feed_forward.name, *([self.block.experts.name] if self.block.experts else [])]
+        first = next(iter(children(model, self.blocks).values()), None)
         return (
             all(has(model, path) for path in (self.embedding, self.norm, self.head) if path)
-            and bool(blocks)
-            and any(has(blocks[0], f"{attention.name}.{name}") for name in inputs)
-            and any(has(blocks[0], f"{attention.name}.{name}") for name in attention.outputs)
-            and any(not name or has(blocks[0], name) for name in feed_forwards)
+            and first is not None
+            and self.block.describes(first)
         )
 
 
@@ -244,6 +273,15 @@ def has(module: nn.Module, path: str) -> bool:
         return isinstance(module.get_submodule(path), nn.Module)
     except AttributeError:
         return False
+
+
+def _has_layers(block: nn.Module, part: Attention | FeedForward) -> bool:
+    """Whether the part is in the block, with one of its layers at either end."""
+    inputs = (*(part.queries if isinstance(part, Attention) else part.inputs), *part.fused)
+    return all(
+        any(has(block, f"{part.name}.{name}" if part.name else name) for name in names)
+        for names in (inputs, part.outputs)
+    )
 
 
 def children(model: nn.Module, path: str) -> dict[str, nn.Module]:

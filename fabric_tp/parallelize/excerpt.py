@@ -45,6 +45,18 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Within it forwards may set attributes, such as states for the next one; afterwards they are as before."""
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+
+
+@contextmanager
 def on_device(device: torch.device, model: nn.Module) -> Iterator[None]:
     """Within it the parameters are on this device, as the buffers are."""
     away = [(parameter, parameter.data) for parameter in model.parameters() if parameter.device != device]
@@ -59,7 +71,8 @@ def on_device(device: torch.device, model: nn.Module) -> Iterator[None]:
 
 def without_memory(model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
     """A copy to be made under fake tensors, with other floating-point numbers if ``dtype`` is given."""
-    tensors = [*model.parameters(), *model.buffers()]
+    states = [each for module in model.modules() for each in vars(module).values() if isinstance(each, torch.Tensor)]
+    tensors = [*model.parameters(), *model.buffers(), *states]  # RecurrentGemma keeps the last forward's states
     memo: dict[int, Any] = {}
     for tensor in tensors:
         other = dtype if tensor.is_floating_point() and dtype else tensor.dtype

@@ -28,7 +28,14 @@ from fabric_tp.loss.deferred import DeferredLogits
 from fabric_tp.mesh import TENSOR_PARALLEL, device_of, fake_mesh, fake_tensors
 from fabric_tp.parallelize.arguments import needed_arguments, sample_arguments
 from fabric_tp.parallelize.draws import Draw, Draws, Place, check_draws
-from fabric_tp.parallelize.excerpt import in_mode, on_device, one_of_each_kind, with_only, without_memory
+from fabric_tp.parallelize.excerpt import (
+    attributes_kept,
+    in_mode,
+    on_device,
+    one_of_each_kind,
+    with_only,
+    without_memory,
+)
 from fabric_tp.parallelize.layouts import Shapes, check_layouts
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
@@ -215,7 +222,7 @@ def _run(
         if module in chosen:
             outputs.setdefault(names[module], first_tensor(output))
 
-    with in_mode(model, training), torch.no_grad():
+    with attributes_kept(model), in_mode(model, training), torch.no_grad():
         hooks = [module.register_forward_pre_hook(enter, prepend=True) for module in model.modules()]
         hooks += [module.register_forward_hook(leave) for module in model.modules()]
         try:

@@ -22,6 +22,7 @@ from fabric_tp.plan.inspection import (
     inspect_feed_forwards,
     inspect_transformer,
 )
+from fabric_tp.plan.mixers import refuse_mixers, whole
 from fabric_tp.plan.modules import attribute, join
 from fabric_tp.plan.options import TransformerOptions, layout_of
 from fabric_tp.plan.plan import Plan
@@ -42,7 +43,6 @@ from fabric_tp.styles import (
     PrepareInputOutput,
     RandomHeads,
     RandomReplicated,
-    RandomUnsharded,
     Replicated,
     Rowwise,
     ScatterInput,
@@ -78,11 +78,14 @@ def derive_plan(
     if tensor_parallel_size > 1:
         check_drawn(found)
         _check_balance(architecture, found, model)
+        if not options.replicate_attention:
+            refuse_mixers({name: block.mixers for name, block in found.blocks.items()})
     measured = architecture.measures_embedding and options.sequence_parallel
     plan: Plan = {architecture.embedding: VocabParallelEmbedding("replicate" if measured else layout)}
     if measured:
         plan[next(iter(found.blocks))] = ScatterInput()
-    deriver = _Deriver(options, tensor_parallel_size, architecture.block)
+    hybrid = any(block.mixers for block in found.blocks.values())
+    deriver = _Deriver(options, tensor_parallel_size, architecture.block, hybrid)
     plan |= _blocks(architecture.blocks, found.blocks, deriver)
     plan |= {name: Replicated("replicate") for name in found.before}
     plan |= {name: Replicated(layout) for name in found.after}
@@ -134,6 +137,8 @@ class _Deriver:
     options: TransformerOptions
     size: int
     described: Block
+    hybrid: bool
+    """Some blocks have mixers that split in no way, and these are what is to be whole."""
 
     def block(self, found: FoundBlock) -> Styles:
         options, layout = self.options, layout_of(self.options)
@@ -146,7 +151,10 @@ class _Deriver:
         if norm:
             plan[""] = ParallelResidual(norm, attention, feed_forward, layout, regather=options.regather)
         inner = None if norm else layout
-        plan |= _under(attention, self.attention(found.attention, inner))
+        for mixer in found.mixers:
+            plan |= _under(mixer.name, whole(mixer.every, mixer.dropouts, layout))
+        if found.attention:
+            plan |= _under(attention, self.attention(found.attention, inner))
         if found.cross_attention and self.described.cross_attention:
             plan |= _under(self.described.cross_attention.name, self.attention(found.cross_attention, layout))
         if found.experts and self.described.experts:
@@ -159,8 +167,8 @@ class _Deriver:
         return plan | _under(feed_forward, _feed_forward(found.feed_forward, inner, self.size, options.regather))
 
     def attention(self, found: FoundAttention, layout: Layout | None) -> Styles:
-        if self.options.replicate_attention:
-            return _whole_attention(found, layout_of(self.options))
+        if self.options.replicate_attention and not (self.hybrid and found.splits_over(self.size)):
+            return whole(found.every, found.dropouts.rates, layout_of(self.options), found.draws)
         heads = Heads(found.heads.query, found.heads.key_value)
         shared = None if heads.splits_key_value(self.size) else heads
         plan: Styles = {
@@ -258,15 +266,17 @@ def _qk_norm(norm: QKNorm, head_size: int, shared: Heads | None) -> Style:
     return _norm_of_all(norm, shared)
 
 
-def _whole_attention(found: FoundAttention, layout: Layout) -> Styles:
-    plan: Styles = {"": (RandomUnsharded if found.draws else Unsharded)(layout)}
-    plan |= {name: Dropout() for name in found.dropouts.rates}
-    return plan | {name: Replicated() for name in found.every}
-
-
 def _feed_forward(found: FoundMLP, layout: Layout | None, size: int, regather: bool = True) -> Styles:
+    if found.gates and layout:
+        return _gated(found, layout, size)
     plan: Styles = {"": PrepareInput(layout, regather=regather)} if layout else {}
     return plan | _hidden(found, layout, size)
+
+
+def _gated(found: FoundMLP, layout: Layout, size: int) -> Styles:
+    """All but the hidden features is whole on every rank: what is multiplied must not be a partial sum."""
+    plan: Styles = {"": Unsharded(layout, reads=found.gates), **{name: Replicated() for name in found.gates}}
+    return plan | _hidden(found, "replicate", size, Colwise("replicate"))
 
 
 def _hidden(found: FoundMLP, output_layout: Layout | None, size: int, colwise: Colwise = COLWISE) -> Styles:

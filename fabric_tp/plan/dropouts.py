@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from fabric_tp.architectures import Architecture
 from fabric_tp.autograd.collectives import Layout
-from fabric_tp.plan.inspection import Dropouts, FoundAttention, FoundMLP, FoundTransformer, Linear
+from fabric_tp.plan.dropout_rates import Dropouts
+from fabric_tp.plan.inspection import FoundAttention, FoundMLP, FoundTransformer, Linear
 from fabric_tp.plan.plan import Plan
 from fabric_tp.styles import Dropout, Style
 

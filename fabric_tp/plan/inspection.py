@@ -10,6 +10,7 @@ from torch import nn
 from fabric_tp.architectures import Architecture, Attention, Block, Experts, FeedForward, HeadCounts
 from fabric_tp.architectures.architecture import FusedLayout, Stacked, children, find_feed_forwards, has
 from fabric_tp.plan.dropout_rates import Dropouts
+from fabric_tp.plan.mixers import FoundMixer, find_mixers
 from fabric_tp.plan.modules import all_holders, ask, attribute, child, existing, has_parameters, join, positive, present
 from fabric_tp.plan.stacked import by_holder
 from fabric_tp.styles.dropout import is_dropout
@@ -55,6 +56,7 @@ class FoundMLP:
     whole: tuple[str, ...]
     """Modules with parameters that all hidden features share."""
     takes_rows: bool
+    gates: tuple[str, ...]
     dropouts: Dropouts
     class_name: str
 
@@ -84,6 +86,10 @@ class FoundAttention:
     dropouts: Dropouts
     class_name: str
 
+    def splits_over(self, size: int) -> bool:
+        by_group = any(fused.layout == "by_group" for fused in self.fused)
+        return (self.heads.key_value if by_group else self.heads.query) % size == 0
+
 
 @dataclass(frozen=True)
 class FoundExperts:
@@ -106,7 +112,8 @@ class FoundExperts:
 class FoundBlock:
     norms: tuple[str, ...]
     shared_norm: str | None
-    attention: FoundAttention
+    mixers: tuple[FoundMixer, ...]
+    attention: FoundAttention | None
     feed_forward: FoundMLP | None
     experts: FoundExperts | None
     cross_attention: FoundAttention | None
@@ -190,13 +197,19 @@ class _Inspector:
         experts = block.experts
         has_experts = experts is not None and has(module, join(experts.name, experts.experts))
         cross = block.cross_attention if block.cross_attention and has(module, block.cross_attention.name) else None
-        inner = [block.attention.name, block.feed_forward.name, *(part.name for part in (experts, cross) if part)]
+        mixers = find_mixers(block, module)
+        has_attention = block.has_attention(module) or not (mixers or block.one_part)
+        inner = [part.name for part in (block.attention, block.feed_forward, experts, cross, *mixers) if part]
         beside = experts is not None and experts.name != block.feed_forward.name
-        has_mlp = not has_experts or (beside and has(module, block.feed_forward.name))
+        if has_experts:
+            has_mlp = beside and has(module, block.feed_forward.name)
+        else:
+            has_mlp = block.has_feed_forward(module) or not block.one_part
         return FoundBlock(
             norms=tuple(name for name in block.norms if has_parameters(module, name)),
             shared_norm=block.shared_norm(module) if block.shared_norm else None,
-            attention=self.attention(block.attention, child(module, block.attention.name)),
+            mixers=mixers,
+            attention=self.attention(block.attention, child(module, block.attention.name)) if has_attention else None,
             feed_forward=self.mlp_of_block(block.feed_forward, module) if has_mlp else None,
             experts=self.experts(experts, block.feed_forward, module) if has_experts and experts else None,
             cross_attention=self.attention(cross, child(module, cross.name)) if cross else None,
@@ -237,6 +250,7 @@ class _Inspector:
             norms=tuple(self.qk_norm(module, name) for name in present(module, feed_forward.norms)),
             whole=all_holders(module, feed_forward.whole),
             takes_rows=feed_forward.takes_rows,
+            gates=tuple(present(module, feed_forward.gates)),
             dropouts=self.dropouts(module),
             class_name=type(module).__name__,
         )

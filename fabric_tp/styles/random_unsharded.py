@@ -1,7 +1,12 @@
 from __future__ import annotations
 
 from fabric_tp.styles.random_module import RandomModule
+from fabric_tp.styles.style import LocalModule
 from fabric_tp.styles.unsharded import Unsharded
+
+
+class _RandomUnshardedModule(RandomModule, LocalModule):
+    pass
 
 
 class RandomUnsharded(Unsharded):
@@ -9,6 +14,7 @@ class RandomUnsharded(Unsharded):
 
     Args:
         layout: As in :class:`Unsharded`.
+        reads: As in :class:`Unsharded`.
 
     ===============  ===========  =========  ===========  ==========  ==========
     layout           x            inside     y            forward     backward
@@ -25,4 +31,4 @@ class RandomUnsharded(Unsharded):
         plan = {"attention": RandomUnsharded("sequence"), "attention.qkv": Replicated()}
     """
 
-    module_class = RandomModule
+    module_class = _RandomUnshardedModule

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -10,6 +11,7 @@ import torch
 from jsonargparse import auto_cli
 
 from fabric_tp.parallelize import Parallelize, auto
+from fabric_tp.plan import CannotSplit
 from fabric_tp.testing.parity import BuildModel, Report, compare, next_token_loss
 from fabric_tp.testing.ranks import Ranks
 from fabric_tp.testing.small import (
@@ -46,7 +48,8 @@ def main(
     Args:
         models: "litgpt": each of its configs. "lora": litgpt.lora.GPT, one config of each structure, with every layer
             adapted and with queries and values only. "huggingface": each type of causal language model that the
-            installed Transformers knows. Those that are not built, or do not run, small are not compared.
+            installed Transformers knows. Those that are not built, or do not run, small are not compared. Those that
+            are refused without replicate_attention are compared with it: "mixers whole".
         tensor_parallel_size: Ranks that share the model.
         data_parallel_size: Ranks that share the batch.
         sequence_parallel: As in fabric_tp.auto.
@@ -60,9 +63,14 @@ def main(
         sequence_parallel=sequence_parallel, loss_parallel=loss_parallel, replicate_attention=replicate_attention
     )
     ranks = Ranks(data_parallel_size * tensor_parallel_size)
+    sizes = (data_parallel_size, tensor_parallel_size)
     totals = {"equal": 0, "refused": 0, "not built": 0, "ERROR": 0, "DIFFERENT": 0}
     for name, build in [(name, build) for name, build in _builders(models).items() if only in name][::every]:
-        verdict, detail = _verdict(build, parallelize_fn, ranks, (data_parallel_size, tensor_parallel_size), steps)
+        try:
+            verdict, detail = _verdict(build, parallelize_fn, ranks, sizes, steps)
+        except CannotSplit:
+            verdict, detail = _verdict(build, replace(parallelize_fn, replicate_attention=True), ranks, sizes, steps)
+            detail = f"mixers whole, {detail}"
         totals[verdict] += 1
         print(f"{name:40} {verdict:10} {detail}", flush=True)
     ranks.stop()
@@ -92,6 +100,8 @@ def _verdict(
         return "not built", _first_line(error)
     try:
         parallelize_fn.check(model, tensor_parallel_size=sizes[1])
+    except CannotSplit:
+        raise
     except ValueError as error:
         return "refused", str(error)
     except Exception as error:

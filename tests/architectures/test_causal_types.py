@@ -39,6 +39,17 @@ TYPES = {
     "afmoe": "huggingface",  # a gate after attention; a parameter beside the router
     "bitnet": "huggingface",  # norms over all heads' outputs and over all hidden features
 }
+WITH_MIXERS = {
+    "qwen3_next": "huggingface",  # queries with gates
+    "minimax": "huggingface",  # linear attention by attention's name
+    "jamba": "jamba",
+    "falcon_h1": "jamba",  # a state space beside attention
+    "mamba2": "mamba",  # no MLP
+    "nemotron_h": "nemotron_h",  # each block one part
+    "recurrent_gemma": "recurrent_gemma",  # keeps states in its modules
+    "rwkv": "rwkv",  # an MLP with a gate over its output
+}
+"""Blocks of which something splits in no way."""
 
 
 def build(model_type: str) -> nn.Module:
@@ -47,10 +58,23 @@ def build(model_type: str) -> nn.Module:
     return model.double() if model_type == "apertus" else model
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", TYPES | WITH_MIXERS)
 def test_equals_one_device(pool, model_type) -> None:
-    assert recognise(small_causal(model_type)).name == TYPES[model_type]
-    assert_equal(pool, partial(build, model_type), fabric_tp.auto(), (1, 2))
+    assert recognise(small_causal(model_type)).name == (TYPES | WITH_MIXERS)[model_type]
+    parallelize_fn = fabric_tp.auto(replicate_attention=model_type in WITH_MIXERS)
+    assert_equal(pool, partial(build, model_type), parallelize_fn, (1, 2))
+
+
+@pytest.mark.parametrize(("model_type", "name"), [("bamba", "jamba"), ("lfm2_moe", "lfm2"), ("xlstm", "xlstm")])
+def test_names_of_others_with_mixers(model_type, name) -> None:
+    model = small_causal(model_type)
+    assert recognise(model).name == name
+    fabric_tp.auto(replicate_attention=True).check(model, tensor_parallel_size=2)
+
+
+def test_attention_that_does_not_split_beside_mixers(pool) -> None:
+    model = partial(small_causal, "minimax", hidden_size=48, num_attention_heads=3, num_key_value_heads=1)
+    assert_equal(pool, model, fabric_tp.auto(replicate_attention=True), (1, 2))
 
 
 @pytest.mark.parametrize("options", [{"word_embed_proj_dim": 32}, {"do_layer_norm_before": False}], ids=str)
@@ -83,9 +107,9 @@ def test_a_norm_at_another_place_is_refused() -> None:
 
 @pytest.mark.sweep
 @pytest.mark.parametrize(("sizes", "sequence_parallel"), [((1, 4), True), ((2, 2), False)], ids=str)
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", TYPES | WITH_MIXERS)
 def test_other_meshes(pool, model_type, sizes, sequence_parallel) -> None:
-    parallelize_fn = fabric_tp.auto(sequence_parallel=sequence_parallel)
+    parallelize_fn = fabric_tp.auto(sequence_parallel=sequence_parallel, replicate_attention=model_type in WITH_MIXERS)
     assert_equal(pool, partial(build, model_type), parallelize_fn, sizes)
 
 
@@ -125,8 +149,7 @@ REFUSED = {
     "jetmoe": r"The architecture of this JetMoeForCausalLM is not known",
     "doge": r"No style of the plan covers the parameters model\.layers\.0\.input_residual",
     "trocr": r"model\.decoder\.layers\.0\.self_attn \(TrOCRAttention\) cannot run on one of 2 ranks: .*reshape",
-    "minimax": r"model\.layers\.1: .* a MiniMaxLightningAttention has cannot be told: It has no",
-    "mamba": "The architecture of this MambaForCausalLM is not known",
+    "zamba2": "The architecture of this Zamba2ForCausalLM is not known",
 }
 
 
@@ -170,3 +193,10 @@ def do_not_count_hidden_features() -> None:
 
 def test_sizes_that_are_not_described_are_noticed(pool) -> None:
     pool(2)(do_not_count_hidden_features)
+
+
+def test_what_cannot_be_split_is_refused_without_permission() -> None:
+    named = r"model\.layers\.1\.self_attn, a MiniMaxLightningAttention, cannot be split .* replicate_attention=True"
+    with pytest.raises(ValueError, match=named):
+        fabric_tp.auto().check(small_causal("minimax"), tensor_parallel_size=2)
+    fabric_tp.auto().check(small_causal("minimax"), tensor_parallel_size=1)

@@ -71,6 +71,17 @@ class DropsByItself(hand_written.MLP):
         return self.down_proj(F.dropout(self.up_proj(x) * self.gate_proj(x), 0.1, self.training))
 
 
+class Remembers(hand_written.Attention):
+    """Keeps a state of one forward for the next, as a plain attribute."""
+
+    state: Tensor
+
+    def forward(self, hidden_states: Tensor, rope: Any, attn_mask: Tensor) -> Tensor:
+        output = super().forward(hidden_states, rope, attn_mask)
+        self.state = self.state + output.mean()
+        return output
+
+
 class HeadsOfOthers(hand_written.Attention):
     """Each head is weighted by its number."""
 
@@ -117,6 +128,20 @@ def test_unless_nobody_looks(pool, kind) -> None:
 @pytest.mark.parametrize("options", [{}, {"sequence_parallel": False}, {"fused_loss": True}, {"verify": True}], ids=str)
 def test_what_is_right_stays_as_it_was(pool, options) -> None:
     assert pool(2)(parallelized, build, options) == []
+
+
+def state_is_as_before() -> bool:
+    model = with_parts(attention=Remembers)
+    (attention, *_) = attentions = [module for module in model.modules() if isinstance(module, Remembers)]
+    state = torch.zeros(3)
+    for each in attentions:
+        each.state = state
+    fabric_tp.auto()(model, mesh(1, 2))
+    return attention.state is state
+
+
+def test_nothing_is_left_behind(pool) -> None:
+    assert pool(2)(state_is_as_before)
 
 
 def test_a_check_needs_neither_ranks_nor_memory() -> None:

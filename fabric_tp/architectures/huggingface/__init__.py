@@ -4,9 +4,12 @@ from fabric_tp.architectures.huggingface.bart import BART, BIGBIRD_PEGASUS, TROC
 from fabric_tp.architectures.huggingface.dbrx import DBRX
 from fabric_tp.architectures.huggingface.description import BLOCK, HUGGINGFACE
 from fabric_tp.architectures.huggingface.granite_moe import GRANITE_MOE
+from fabric_tp.architectures.huggingface.hybrid import JAMBA, LFM2, RECURRENT_GEMMA
 from fabric_tp.architectures.huggingface.llama4 import LLAMA4
+from fabric_tp.architectures.huggingface.mamba import MAMBA, NEMOTRON_H, XLSTM
 from fabric_tp.architectures.huggingface.multimodal import FUYU, MULTIMODAL
 from fabric_tp.architectures.huggingface.phi import PHI
+from fabric_tp.architectures.huggingface.rwkv import RWKV
 from fabric_tp.architectures.huggingface.xglm import BIOGPT, XGLM
 
 __all__ = [
@@ -18,10 +21,17 @@ __all__ = [
     "FUYU",
     "GRANITE_MOE",
     "HUGGINGFACE",
+    "JAMBA",
+    "LFM2",
     "LLAMA4",
+    "MAMBA",
     "MULTIMODAL",
+    "NEMOTRON_H",
     "PHI",
+    "RECURRENT_GEMMA",
+    "RWKV",
     "TROCR",
     "WHISPER",
     "XGLM",
+    "XLSTM",
 ]

@@ -13,6 +13,7 @@ from fabric_tp.architectures.architecture import (
     FeedForward,
     Fused,
     HeadCounts,
+    Mixer,
     Stacked,
 )
 
@@ -27,7 +28,9 @@ def _counts(attention: nn.Module) -> HeadCounts:
     if hasattr(module, "query_key_value"):
         heads = module.query_key_value.out_features // (3 * size)
         return HeadCounts(heads, heads, size)
-    return HeadCounts(module.q_proj.out_features // size, module.k_proj.out_features // size, size)
+    keys = module.k_proj.out_features // size
+    groups = getattr(module, "num_key_value_groups", None)  # Qwen3-Next's q_proj makes a gate for each query too
+    return HeadCounts(keys * groups if groups else module.q_proj.out_features // size, keys, size)
 
 
 def _qkv(attention: nn.Module) -> Mapping[str, int]:
@@ -116,6 +119,12 @@ BLOCK = Block(
         whole=("act_fn",),
     ),
     experts=EXPERTS,
+    mixers=(
+        Mixer("linear_attn"),  # Qwen3-Next, OLMo hybrid
+        Mixer("self_attn", ("qkv_proj", "output_gate")),  # MiniMax
+        Mixer("mamba", ("in_proj", "out_proj")),
+        Mixer("conv", ("in_proj", "out_proj")),  # LFM2
+    ),
     dropout_rates=("mlp.jitter_noise", "mlp.input_jitter_noise"),
 )
 

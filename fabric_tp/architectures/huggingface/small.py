@@ -45,6 +45,13 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop", "embed_dropout", "resid_dropout"), 0.0),
     **dict.fromkeys(("residual_dropout", "ffn_dropout"), 0.0),
     **dict.fromkeys(("attention_probs_dropout_prob", "hidden_dropout_prob"), 0.0),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "mamba_n_heads", "mamba_num_heads"), 8),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "state_size", "mamba_d_state"), 8),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "ssm_state_size"), 16),
+    "mamba_d_ssm": 128,
+    "mamba_chunk_size": 8,
+    "shared_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 32,
     "q_lora_rank": 24,
     "kv_lora_rank": 16,
     "sliding_window": WINDOW,
@@ -53,7 +60,21 @@ SIZES: dict[str, Any] = {
 }
 """Small sizes by the names that configs of Transformers have for them."""
 
+_ONE_OF_EACH = {"layer_types": ["linear_attention", "full_attention"]}
 TYPES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "chunk_size": 8},
+    "minimax": {"block_size": 8},
+    "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention"], "n_routed_experts": 4},
+    "qwen3_next": {**_ONE_OF_EACH, "mlp_only_layers": [0]},
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text"), _ONE_OF_EACH),
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "zamba": {"num_hidden_layers": 5, "attn_layer_period": 2, "attn_layer_offset": 0, "use_mamba_kernels": False},
+    "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "hybrid"], "use_mem_rope": True},
     **{name: {"head_dim": 8} for name in ("ministral", "hunyuan_v1_dense", "hunyuan_v1_moe")},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
     "dbrx": {
@@ -142,7 +163,9 @@ def _small_config(config_class: type, overrides: dict[str, Any]) -> Any:
     if "kv_lora_rank" in sizes:  # each query head has keys and values of its own
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     inner = {name: value for name, value in vars(default).items() if hasattr(value, "to_diff_dict")}
-    sizes |= {name: _small_config(type(value), {}).to_dict() for name, value in inner.items()}
+    sizes |= {
+        name: _small_config(type(value), TYPES.get(value.model_type, {})).to_dict() for name, value in inner.items()
+    }
     return config_class(**{**sizes, **overrides})
 
 
