@@ -77,9 +77,9 @@ MUTATIONS = {
 def test_notices(pool, mutation, sequence_parallel) -> None:
     build, break_model = MUTATIONS[mutation]
     parallelize_fn = fabric_tp.auto(sequence_parallel=sequence_parallel)
-    worst = differences_of(pool, build, parallelize_fn, break_model=partial(_by_keyword, break_model))
+    worst = differences_of(pool, build, parallelize_fn, break_model=partial(by_keyword, break_model))
     assert max(worst.values()) > 10 * TOLERANCE
 
 
-def _by_keyword(break_model: Callable[..., None], model: nn.Module) -> None:
+def by_keyword(break_model: Callable[..., None], model: nn.Module) -> None:
     break_model(model=model)

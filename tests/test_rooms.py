@@ -118,7 +118,8 @@ def model_names() -> set[str]:
                     yield from strings(getattr(value, field.name))
 
     words = {"", "norm", "output", "layers", "model", "attention", "mlp", "gate", "experts", "dropout", "config"}
-    words |= {"router", "blocks", "head", "key", "value", "dropout_p"}  # the last is torch's, of attention
+    words |= {"router", "blocks", "head", "key", "value", "dim", "drop", "k", "p", "0"}
+    words |= {"dropout_p"}  # torch's, of attention
     words |= {each.name for each in KNOWN} | {
         "feed_forward",
         "proj",

@@ -15,11 +15,15 @@ from fabric_tp.architectures.architecture import (
 )
 from fabric_tp.architectures.base_model import BASE_MODEL
 from fabric_tp.architectures.feed_forward import FEED_FORWARD
-from fabric_tp.architectures.gpt_neox import GPT_NEOX
+from fabric_tp.architectures.gpt2 import GPT2, GPT_NEO, GPTJ
+from fabric_tp.architectures.gpt_neox import GPT_NEOX, GPT_NEOX_JAPANESE
 from fabric_tp.architectures.huggingface import (
     BART,
     BIGBIRD_PEGASUS,
     BIOGPT,
+    BLOOM,
+    CPMANT,
+    CTRL,
     DBRX,
     FUYU,
     GRANITE_MOE,
@@ -28,6 +32,7 @@ from fabric_tp.architectures.huggingface import (
     LFM2,
     LLAMA4,
     MAMBA,
+    MPT,
     MULTIMODAL,
     NEMOTRON_H,
     PHI,
@@ -39,11 +44,12 @@ from fabric_tp.architectures.huggingface import (
     XLSTM,
 )
 from fabric_tp.architectures.litgpt import LITGPT
-from fabric_tp.architectures.llama import LLAMA
+from fabric_tp.architectures.llama import FUSED_LLAMA, LLAMA
 
 KNOWN = (
     LITGPT,
     LLAMA,
+    FUSED_LLAMA,
     HUGGINGFACE,
     LLAMA4,
     MULTIMODAL,
@@ -52,6 +58,7 @@ KNOWN = (
     DBRX,
     PHI,
     GPT_NEOX,
+    GPT_NEOX_JAPANESE,
     XGLM,
     BIOGPT,
     BIGBIRD_PEGASUS,
@@ -65,6 +72,13 @@ KNOWN = (
     MAMBA,
     XLSTM,
     RWKV,
+    GPT2,
+    GPTJ,
+    GPT_NEO,
+    BLOOM,
+    MPT,
+    CTRL,
+    CPMANT,
     BASE_MODEL,
     FEED_FORWARD,
 )

@@ -26,8 +26,9 @@ class Fused:
     """A linear layer that does the work of several."""
 
     parts: Parts
-    layout: FusedLayout
-    """No check can tell the layouts apart, since all have the same sizes; hence no default."""
+    layout: FusedLayout | Callable[[nn.Module], FusedLayout]
+    """No check can tell the layouts apart, since all have the same sizes; hence no default. A function, from the module
+    that owns the layer, where it depends on an option."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,22 @@ class Attention:
     attention's result (``"hidden_size"``); where the model's width is another number, they mean that and stay."""
     per_query_head: tuple[str, ...] = ()
     """Its own parameters that have a number for each query head, such as attention sinks."""
+    per_head_arguments: tuple[str, ...] = ()
+    """Arguments of its forward with numbers for each query head, such as ALiBi's biases: what is added to the scores,
+    (..., heads, queries, keys), where the heads may be those of one sample after the other."""
+    measures_input: Callable[[nn.Module], bool] | None = None
+    """Whether its forward takes the number of features of all heads from the width of its input, which it may use for
+    nothing else but the linear layers."""
+    same_input: tuple[str, ...] = ()
+    """Arguments of its forward that are given the same activations as the first, such as keys and values."""
+    returned: tuple[str, ...] = ()
+    """Its own parameters that it does not compute with but returns, for the block to add to the residual stream."""
     dropout_rates: tuple[str, ...] = ()
     """Attributes that hold the rate of dropout inside the attention's kernel."""
     key_value_input: str = ""
     """Argument of its forward with what keys and values are made of, where that is not the block's own input."""
+    output_dropouts: tuple[str, ...] = ()
+    """Dropouts of what ``outputs`` made; of others the sizes tell what they see, if they can."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +124,8 @@ class FeedForward:
     """Of a block's own layers: the block may give them tokens in a row, ``(b * s, h)``."""
     gates: tuple[str, ...] = ()
     """Layers of the model's width, made from the input like the hidden features, that the output is multiplied by."""
+    output_dropouts: tuple[str, ...] = ()
+    """As in :class:`Attention`."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +227,8 @@ class Architecture:
     positions: tuple[str, ...] = ()
     """Learned embeddings of positions, added to the embedding's output; they need ``measures_embedding``."""
     before_blocks: tuple[str, ...] = ()
-    """Further modules between the embedding and the blocks, such as a norm; they need ``measures_embedding``."""
+    """Further modules between the embedding and the blocks, such as a norm or a dropout; they need
+    ``measures_embedding``."""
     after_blocks: tuple[str, ...] = ()
     """Further modules between the blocks and the head, such as a projection, or a norm that not all models have."""
     whole: tuple[str, ...] = ()
@@ -241,6 +257,8 @@ class Architecture:
     """The only classes, by module and name, that this describes; empty: every one that has these modules."""
     measures_embedding: bool = False
     """The model takes the sequence length from the embedding's output, which must then be whole on every rank."""
+    measures_output: bool = False
+    """The model reshapes or cuts the last norm's output by the sequence length: it must be whole on every rank too."""
 
     @property
     def ends(self) -> tuple[tuple[str, ...], ...]:

@@ -10,7 +10,7 @@ from fabric_tp.architectures import Architecture, Block
 from fabric_tp.architectures.architecture import AdaptedHeads
 from fabric_tp.autograd.collectives import Layout
 from fabric_tp.plan.dropouts import check_drawn, inner_dropouts, outer_dropouts
-from fabric_tp.plan.inspection import (
+from fabric_tp.plan.found import (
     FoundAttention,
     FoundBlock,
     FoundExperts,
@@ -19,9 +19,8 @@ from fabric_tp.plan.inspection import (
     FusedLinear,
     Linear,
     QKNorm,
-    inspect_feed_forwards,
-    inspect_transformer,
 )
+from fabric_tp.plan.inspection import inspect_feed_forwards, inspect_transformer
 from fabric_tp.plan.mixers import refuse_mixers, whole
 from fabric_tp.plan.modules import attribute, join
 from fabric_tp.plan.options import TransformerOptions, layout_of
@@ -32,6 +31,7 @@ from fabric_tp.styles import (
     Colwise,
     Dropout,
     FusedColwise,
+    GatherOutput,
     Heads,
     LMHead,
     LowRankColwise,
@@ -89,11 +89,14 @@ def derive_plan(
     plan |= _blocks(architecture.blocks, found.blocks, deriver)
     plan |= {name: Replicated("replicate") for name in found.before}
     plan |= {name: Replicated(layout) for name in found.after}
+    before_head = layout
+    if architecture.measures_output and options.sequence_parallel:
+        plan[architecture.norm], before_head = GatherOutput(), "replicate"
     if found.head.base:
-        head: LMHead = LowRankHead(layout, loss_parallel=options.loss_parallel)
+        head: LMHead = LowRankHead(before_head, loss_parallel=options.loss_parallel)
     else:
         head = LMHead(
-            layout, regather=options.regather, loss_parallel=options.loss_parallel, fused_loss=options.fused_loss
+            before_head, regather=options.regather, loss_parallel=options.loss_parallel, fused_loss=options.fused_loss
         )
     plan |= _layer(found.head, head, COLWISE)
     for name, inner in found.whole.items():  # all ranks see the same and compute the same, random numbers included
@@ -181,6 +184,11 @@ class _Deriver:
                 head_features=found.head_features,
                 per_query_head=found.per_query_head,
                 key_value_input=found.key_value_input,
+                per_head_arguments=self.described.attention.per_head_arguments,
+                measures_input=found.measures_input,
+                same_input=self.described.attention.same_input,
+                returned=found.returned,
+                returned_layout=layout_of(self.options),
                 regather=self.options.regather,
             )
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fabric_tp.architectures import Architecture
 from fabric_tp.autograd.collectives import Layout
 from fabric_tp.plan.dropout_rates import Dropouts
-from fabric_tp.plan.inspection import FoundAttention, FoundMLP, FoundTransformer, Linear
+from fabric_tp.plan.found import FoundAttention, FoundMLP, FoundTransformer, Linear
 from fabric_tp.plan.plan import Plan
 from fabric_tp.styles import Dropout, Style
 
@@ -24,7 +24,7 @@ def outer_dropouts(architecture: Architecture, dropouts: Dropouts, layout: Layou
     """Outside of the blocks; ``ambiguous`` if some there see the whole sequence, and some a part of it."""
     plan: Plan = {}
     for name, rate in dropouts.rates.items():
-        if name.startswith(f"{architecture.head}."):
+        if name.startswith(f"{architecture.head}.") or name in architecture.before_blocks:
             plan[name] = Dropout()
         elif not ambiguous:
             plan[name] = Dropout(layout)
@@ -46,6 +46,9 @@ def inner_dropouts(
     for name, rate in found.dropouts.rates.items():
         if name in found.dropouts.in_adapters:
             plan[name] = Dropout("features" if name.rpartition(".")[0] in outputs else "replicate")
+            continue
+        if name in found.output_dropouts:
+            plan[name] = Dropout(layout or "replicate")
             continue
         width = found.outputs[0].out_features
         sharded = {layer.in_features for layer in found.outputs} | {layer.out_features for layer in inputs}

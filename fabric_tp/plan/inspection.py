@@ -3,142 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import nn
 
-from fabric_tp.architectures import Architecture, Attention, Block, Experts, FeedForward, HeadCounts
-from fabric_tp.architectures.architecture import FusedLayout, Stacked, children, find_feed_forwards, has
+from fabric_tp.architectures import Architecture, Attention, Block, Experts, FeedForward
+from fabric_tp.architectures.architecture import children, find_feed_forwards, has
+from fabric_tp.architectures.linear import features
 from fabric_tp.plan.dropout_rates import Dropouts
-from fabric_tp.plan.mixers import FoundMixer, find_mixers
-from fabric_tp.plan.modules import all_holders, ask, attribute, child, existing, has_parameters, join, positive, present
+from fabric_tp.plan.found import (
+    FoundAttention,
+    FoundBlock,
+    FoundExperts,
+    FoundMLP,
+    FoundTransformer,
+    FusedLinear,
+    Linear,
+    QKNorm,
+)
+from fabric_tp.plan.mixers import find_mixers
+from fabric_tp.plan.modules import (
+    all_holders,
+    ask,
+    attribute,
+    child,
+    existing,
+    has_parameters,
+    join,
+    own,
+    positive,
+    present,
+)
 from fabric_tp.plan.stacked import by_holder
 from fabric_tp.styles.dropout import is_dropout
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A linear layer, or an adapter around one."""
-
-    name: str
-    in_features: int
-    out_features: int
-    base: str | None
-    """The layer within the adapter, if it is one."""
-
-
-@dataclass(frozen=True)
-class FusedLinear:
-    name: str
-    parts: dict[str, int]
-    layout: FusedLayout
-    base: str | None
-    changed: tuple[str, ...] = ()
-    """Of an adapter: the parts that it changes."""
-
-
-@dataclass(frozen=True)
-class QKNorm:
-    name: str
-    features: int
-    epsilon: float | None
-    """None: it is no norm that could be computed over several ranks."""
-    unit_offset: bool
-
-
-@dataclass(frozen=True)
-class FoundMLP:
-    inputs: tuple[Linear, ...]
-    fused: tuple[FusedLinear, ...]
-    outputs: tuple[Linear, ...]
-    norms: tuple[QKNorm, ...]
-    """Of all hidden features."""
-    whole: tuple[str, ...]
-    """Modules with parameters that all hidden features share."""
-    takes_rows: bool
-    gates: tuple[str, ...]
-    dropouts: Dropouts
-    class_name: str
-
-
-@dataclass(frozen=True)
-class FoundAttention:
-    heads: HeadCounts
-    queries: tuple[Linear, ...]
-    keys_values: tuple[Linear, ...]
-    fused: tuple[FusedLinear, ...]
-    outputs: tuple[Linear, ...]
-    query_norms: tuple[QKNorm, ...]
-    key_norms: tuple[QKNorm, ...]
-    output_norms: tuple[QKNorm, ...]
-    whole: tuple[str, ...]
-    """Modules with parameters of which each rank needs all."""
-    every: tuple[str, ...]
-    """All modules with parameters."""
-    query_counts: tuple[str, ...]
-    key_value_counts: tuple[str, ...]
-    group_sizes: tuple[str, ...]
-    head_features: tuple[str, ...]
-    per_query_head: tuple[str, ...]
-    key_value_input: str
-    draws: bool
-    """Its kernel has dropout inside."""
-    dropouts: Dropouts
-    class_name: str
-
-    def splits_over(self, size: int) -> bool:
-        by_group = any(fused.layout == "by_group" for fused in self.fused)
-        return (self.heads.key_value if by_group else self.heads.query) % size == 0
-
-
-@dataclass(frozen=True)
-class FoundExperts:
-    whole: tuple[str, ...]
-    """Modules with parameters in the router, and others that see every token."""
-    sampling: tuple[str, ...]
-    """Those of them that draw random numbers."""
-    own: tuple[str, ...]
-    hidden_sizes: tuple[str, ...]
-    expert: FoundMLP | None
-    """None where the experts' parameters are stacked."""
-    stacked: dict[str, dict[str, Stacked]]
-    """By the module, within that of the experts, which holds them."""
-    shared: dict[str, FoundMLP]
-    dropouts: Dropouts
-    """Between the experts."""
-
-
-@dataclass(frozen=True)
-class FoundBlock:
-    norms: tuple[str, ...]
-    shared_norm: str | None
-    mixers: tuple[FoundMixer, ...]
-    attention: FoundAttention | None
-    feed_forward: FoundMLP | None
-    experts: FoundExperts | None
-    cross_attention: FoundAttention | None
-    dropouts: Dropouts
-    """Outside of attention and MLP."""
-    drawn: dict[str, float]
-    """Positive rates of dropout in its own forward, by the attributes that hold them."""
-
-
-@dataclass(frozen=True)
-class FoundTransformer:
-    blocks: dict[str, FoundBlock]
-    """By their full names, in their order."""
-    before: tuple[str, ...]
-    """Modules with parameters between the embedding and the blocks."""
-    after: tuple[str, ...]
-    """Those between the blocks and the head."""
-    head: Linear
-    whole: dict[str, tuple[str, ...]]
-    """What joins the embedding's output: the modules with parameters in each."""
-    whole_dropouts: Dropouts
-    dropouts: Dropouts
-    """Outside of all these and of the blocks."""
-    drawn: dict[str, float]
-    """As in :class:`FoundBlock`."""
 
 
 def inspect_transformer(architecture: Architecture, model: nn.Module) -> FoundTransformer:
@@ -219,7 +116,7 @@ class _Inspector:
 
     def attention(self, attention: Attention, module: nn.Module) -> FoundAttention:
         heads = ask(attention.counts, module)
-        features = heads.query * heads.size
+        width = heads.query * heads.size
         return FoundAttention(
             heads=heads,
             queries=self.linears(module, attention.queries),
@@ -234,11 +131,14 @@ class _Inspector:
             query_counts=existing(module, attention.query_counts),
             key_value_counts=existing(module, attention.key_value_counts),
             group_sizes=existing(module, attention.group_sizes),
-            head_features=tuple(path for path in attention.head_features if attribute(module, path) == features),
-            per_query_head=tuple(name for name in attention.per_query_head if module._parameters.get(name) is not None),
+            head_features=tuple(path for path in attention.head_features if attribute(module, path) == width),
+            per_query_head=own(module, attention.per_query_head),
             key_value_input=attention.key_value_input,
+            returned=own(module, attention.returned),
+            measures_input=bool(attention.measures_input and attention.measures_input(module)),
             draws=bool(positive(module, attention.dropout_rates)),
             dropouts=self.dropouts(module),
+            output_dropouts=attention.output_dropouts,
             class_name=type(module).__name__,
         )
 
@@ -252,6 +152,7 @@ class _Inspector:
             takes_rows=feed_forward.takes_rows,
             gates=tuple(present(module, feed_forward.gates)),
             dropouts=self.dropouts(module),
+            output_dropouts=feed_forward.output_dropouts,
             class_name=type(module).__name__,
         )
 
@@ -282,13 +183,14 @@ class _Inspector:
     def linear(self, module: nn.Module, name: str) -> Linear:
         base = self.base(module, name)
         layer = module.get_submodule(base or name)
-        return Linear(name, getattr(layer, "in_features", 0), getattr(layer, "out_features", 0), base)
+        return Linear(name, *features(layer), base)
 
     def fused(self, owner: Attention | FeedForward, module: nn.Module, name: str) -> FusedLinear:
         described, base = owner.fused[name], self.base(module, name)
         adapted = owner.adapted if isinstance(owner, Attention) else None
         changed = adapted.changed(module.get_submodule(name)) if adapted and base else ()
-        return FusedLinear(name, dict(ask(described.parts, module)), described.layout, base, changed)
+        layout = described.layout if isinstance(described.layout, str) else ask(described.layout, module)
+        return FusedLinear(name, dict(ask(described.parts, module)), layout, base, changed)
 
     def base(self, module: nn.Module, name: str) -> str | None:
         path = join(name, self.architecture.adapter_base)

@@ -39,6 +39,11 @@ def has_parameters(module: nn.Module, name: str) -> bool:
     return has(module, name) and any(True for _ in module.get_submodule(name).parameters())
 
 
+def own(module: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+    """The parameters that the module holds itself."""
+    return tuple(name for name in names if module._parameters.get(name) is not None)
+
+
 def holders(module: nn.Module, name: str) -> tuple[str, ...]:
     """Paths of the modules within this child, itself included, that own parameters."""
     within = module.get_submodule(name).named_modules()

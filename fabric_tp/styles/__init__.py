@@ -10,6 +10,7 @@ from fabric_tp.styles.attention_heads import Heads, ShardHeads
 from fabric_tp.styles.colwise import Colwise
 from fabric_tp.styles.dropout import Dropout
 from fabric_tp.styles.fused_colwise import FusedColwise
+from fabric_tp.styles.gather_output import GatherOutput
 from fabric_tp.styles.lm_head import LMHead
 from fabric_tp.styles.low_rank_colwise import LowRankColwise
 from fabric_tp.styles.low_rank_fused import LowRankFused
@@ -36,6 +37,7 @@ __all__ = [
     "Colwise",
     "Dropout",
     "FusedColwise",
+    "GatherOutput",
     "Heads",
     "LMHead",
     "Layout",

@@ -8,16 +8,18 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from fabric_tp.autograd.collectives import Group, Layout
+from fabric_tp.autograd.collectives import copy as copy_to_ranks
 from fabric_tp.styles.layout import enter_sharded
 from fabric_tp.styles.prepare_input import PrepareInput
+from fabric_tp.styles.stand_in import stand_in
 from fabric_tp.styles.style import LocalModule, Parallelized
 
 HEADS = "query heads"
@@ -64,31 +66,60 @@ class Heads:
         starts = range(first, first + self.local_query(size), self.group_size(size))
         return [start // (self.query // self.key_value) for start in starts]
 
-    def select(self, rows: Tensor, group: Group) -> Tensor:
-        """The rows of this rank's key and value heads, of the rows of all."""
+    def select(self, whole: Tensor, group: Group, dim: int = 0) -> Tensor:
+        """The features of this rank's key and value heads, of those of all, which lie along ``dim``."""
         chosen = self.key_value_heads(group.size, group.rank)
-        by_head = rows.unflatten(0, (self.key_value, -1))
+        by_head = whole.unflatten(dim, (self.key_value, -1))
         if chosen == list(range(chosen[0], chosen[-1] + 1)):
-            return by_head[chosen[0] : chosen[-1] + 1].flatten(0, 1)
-        return by_head[torch.tensor(chosen, device=rows.device)].flatten(0, 1)
+            return by_head.narrow(dim, chosen[0], len(chosen)).flatten(dim, dim + 1)
+        return by_head.index_select(dim, torch.tensor(chosen, device=whole.device)).flatten(dim, dim + 1)
 
 
 class HeadsModule(LocalModule):
-    key_value_position: int | None = None
-    """Where among the forward's arguments that is of which keys and values are made, if it is not the first."""
+    """Gives its own forward what this rank needs of arguments other than the first."""
+
+    parallelized: Parallelized[ShardHeads]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        this = self.parallelized
+        for name in this.style.same_input:
+            first, other = (argument(this, each, args, kwargs) for each in (this.arguments[0], name))
+            if other is not first:
+                raise ValueError(
+                    f"{name} is other activations than {this.arguments[0]}, to which this {type(self).__name__} attends"
+                    " with the heads of one rank. fabric_tp.from_plan() takes a plan for it."
+                )
+        return super().forward(*args, **kwargs)
 
     def compute(self, *args: Any, **kwargs: Any) -> Any:
-        this, at = self.parallelized, self.key_value_position
-        if at is None:
-            return super().compute(*args, **kwargs)
-        if at < len(args):
-            args = (*args[:at], self._entered(args[at]), *args[at + 1 :])
-        elif (name := this.style.key_value_input) in kwargs:
-            kwargs[name] = self._entered(kwargs[name])
-        return super().compute(*args, **kwargs)
+        this, given = self.parallelized, list(args)
+        for name, value in self._changed(args, kwargs).items():
+            position = this.arguments.index(name) if name in this.arguments else len(args)
+            if position < len(args):
+                given[position] = value
+            elif name in kwargs:
+                kwargs[name] = value
+        return super().compute(*given, **kwargs)
 
-    def _entered(self, x: Tensor | None) -> Tensor | None:
-        return None if x is None else enter_sharded(self.parallelized, x, "replicate")
+    def _changed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        this, style, changed = self.parallelized, self.parallelized.style, dict[str, Any]()
+        if style.measures_input or style.same_input:
+            first = argument(this, this.arguments[0], args, kwargs)
+            if style.measures_input:
+                first = stand_in(first, first.shape[-1] // this.group.size)
+            changed = dict.fromkeys((this.arguments[0], *style.same_input), first)
+        for name in style.per_head_arguments:
+            changed[name] = style.own_heads(this, argument(this, name, args, kwargs))
+        if name := style.key_value_input:
+            other = argument(this, name, args, kwargs)
+            changed[name] = None if other is None else enter_sharded(this, other, "replicate")
+        return changed
+
+
+def argument(this: Parallelized, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a call gives for this parameter of the forward, by position or by name; None if nothing."""
+    position = this.arguments.index(name) if name in this.arguments else len(args)
+    return args[position] if position < len(args) else kwargs.get(name)
 
 
 class ShardHeads(PrepareInput):
@@ -106,6 +137,14 @@ class ShardHeads(PrepareInput):
         key_value_input: The argument of the forward that keys and values are made of where that is not its first: of
             cross attention, to what an encoder made. It is whole on every rank, and so is its gradient; if it is not
             given, nothing happens.
+        per_head_arguments: Arguments with numbers for each query head, (..., n, s, s) or (b * n, s, s) and whole on
+            every rank, such as ALiBi's biases. One with another size in that place is for all heads alike. If it has a
+            gradient, that is summed over the ranks.
+        measures_input: Its forward takes the number of features of all query heads from the width of its input. So it
+            is given a stand-in as wide as this rank's heads, in whose place its column-wise layers take the input.
+        same_input: Arguments that are given the same tensor as the first, and get the same as it.
+        returned: Parameters of the module itself that it returns, for what lies as ``returned_layout``.
+        returned_layout: As ``output_layout`` of :class:`Rowwise`.
         regather: As in :class:`Colwise`.
 
     ===============  ===========  =========  ==========  ==========================  ==========
@@ -117,7 +156,8 @@ class ShardHeads(PrepareInput):
     ===============  ===========  =========  ==========  ==========================  ==========
 
     Raises:
-        ValueError: The number of ranks does not divide the query heads.
+        ValueError: The number of ranks does not divide the query heads; an argument of ``same_input`` is another
+            tensor.
 
     Example::
 
@@ -128,7 +168,7 @@ class ShardHeads(PrepareInput):
         }
     """
 
-    module_class = HeadsModule
+    module_class: ClassVar[type[LocalModule]] = HeadsModule
 
     def __init__(
         self,
@@ -141,6 +181,11 @@ class ShardHeads(PrepareInput):
         head_features: Sequence[str] = (),
         per_query_head: Sequence[str] = (),
         key_value_input: str = "",
+        per_head_arguments: Sequence[str] = (),
+        measures_input: bool = False,
+        same_input: Sequence[str] = (),
+        returned: Sequence[str] = (),
+        returned_layout: Layout = "replicate",
         regather: bool = True,
     ) -> None:
         super().__init__(input_layout, regather=regather)
@@ -148,9 +193,25 @@ class ShardHeads(PrepareInput):
         self.query_counts, self.key_value_counts, self.group_sizes = query_counts, key_value_counts, group_sizes
         self.head_features, self.per_query_head = head_features, per_query_head
         self.key_value_input = key_value_input
+        self.per_head_arguments = per_head_arguments
+        self.measures_input, self.same_input = measures_input, same_input
+        self.returned, self.returned_layout = returned, returned_layout
 
     def placements(self, module: nn.Module) -> Mapping[str, Placement]:
-        return {name: Shard(0) for name in self.per_query_head}
+        return {name: Shard(0) for name in self.per_query_head} | {name: Replicate() for name in self.returned}
+
+    def partial(self, module: nn.Module) -> frozenset[str]:
+        return frozenset(self.returned if self.returned_layout == "sequence" else ())
+
+    def own_heads(self, this: Parallelized, of_all: Any) -> Any:
+        """The numbers of this rank's heads, of a tensor with those of all heads."""
+        if this.group.size == 1 or not isinstance(of_all, Tensor) or of_all.dim() < 3:
+            return of_all
+        if of_all.shape[-3] % self.heads.query:
+            return of_all
+        by_head = copy_to_ranks(of_all, this.group).unflatten(-3, (-1, self.heads.query))
+        count = self.heads.local_query(this.group.size)
+        return by_head.narrow(-3, this.group.rank * count, count).flatten(-4, -3)
 
     def divided(self, module: nn.Module) -> Mapping[str, int]:
         return {HEADS: self.heads.query}
@@ -160,9 +221,6 @@ class ShardHeads(PrepareInput):
             raise ValueError(f"The forward of this {type(module).__name__} takes no {self.key_value_input!r}.")
 
     def prepare(self, module: nn.Module, this: Parallelized) -> None:
-        if self.key_value_input:
-            names = list(inspect.signature(module.forward).parameters)
-            module.key_value_position = names.index(self.key_value_input)  # type: ignore[assignment]
         size = this.group.size
         local = dict.fromkeys(self.query_counts, self.heads.local_query(size))
         local |= dict.fromkeys(self.key_value_counts, self.heads.local_key_value(size))

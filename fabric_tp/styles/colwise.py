@@ -8,11 +8,15 @@ from torch.distributed.tensor.placement_types import Placement
 
 from fabric_tp.autograd.collectives import Layout
 from fabric_tp.styles.layout import enter_sharded, entering
-from fabric_tp.styles.style import Parallelized, Style, own_parameters
+from fabric_tp.styles.stand_in import whole
+from fabric_tp.styles.style import Parallelized, Style, output_dim, own_parameters
 
 
 class Colwise(Style):
     """A linear layer split by output features: each rank has some rows of the weight, and makes those features.
+
+    The weight may be stored as (inputs, outputs) too, by a class that ``architectures/linear.py`` knows; the tables
+    here show torch's.
 
     Args:
         input_layout: How the input lies. ``"replicate"``: whole on every rank. ``"sequence"``: each rank has its part.
@@ -47,10 +51,11 @@ class Colwise(Style):
         self.takes_rows = takes_rows
 
     def placements(self, module: nn.Module) -> Mapping[str, Placement]:
-        return {name: Shard(0) for name in own_parameters(module) if name in ("weight", "bias")}
+        places: dict[str, Placement] = {"weight": Shard(output_dim(module)), "bias": Shard(0)}
+        return {name: places[name] for name in own_parameters(module) if name in places}
 
     def enter(self, this: Parallelized, x: Tensor) -> Tensor:
-        return enter_sharded(this, x, self.input_layout, self.regather, takes_rows=self.takes_rows)
+        return enter_sharded(this, whole(x), self.input_layout, self.regather, takes_rows=self.takes_rows)
 
     def collectives(self) -> tuple[str, str]:
         return entering(self.input_layout, self.regather)

@@ -9,11 +9,19 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
+from fabric_tp.architectures.linear import features
 from fabric_tp.autograd.collectives import Group, Layout
 from fabric_tp.autograd.linear import linear
 from fabric_tp.styles.attention_heads import Heads
 from fabric_tp.styles.colwise import Colwise
-from fabric_tp.styles.style import LocalModule, Parallelized, distribute_parameter, own_parameters
+from fabric_tp.styles.style import (
+    LocalModule,
+    Parallelized,
+    check_linear,
+    distribute_parameter,
+    output_dim,
+    own_parameters,
+)
 
 
 class FusedModule(LocalModule):
@@ -44,7 +52,8 @@ class FusedRows(FusedModule):
 
     def localize(self, name: str, local: Tensor) -> Tensor:
         heads = self.parallelized.style.shared.get(name.split(".")[0])
-        return heads.select(local, self.parallelized.group) if heads else local
+        this = self.parallelized
+        return heads.select(local, this.group, this.output_dim(local)) if heads else local
 
 
 class _FusedLinear(FusedRows):
@@ -52,7 +61,8 @@ class _FusedLinear(FusedRows):
 
     def compute(self, x: Tensor) -> Tensor:
         parts = {name: self.local_parts(name) for name in self.fused_names()}
-        return linear(x, parts["weight"], parts.get("bias", ()))
+        weights = [self.parallelized.outputs_first(weight) for weight in parts["weight"]]
+        return linear(x, weights, parts.get("bias", ()))
 
 
 class FusedColwise(Colwise):
@@ -80,7 +90,7 @@ class FusedColwise(Colwise):
     ===============  ===========  ========  ===========  ==========  ==========================  ==========
 
     Raises:
-        ValueError: The module is no ``nn.Linear``, or the parts are not its rows; the number of ranks does not divide
+        ValueError: The module is no linear layer, or the parts are not its rows; the number of ranks does not divide
             a part.
 
     Example::
@@ -107,30 +117,36 @@ class FusedColwise(Colwise):
         return list(own_parameters(module))
 
     def validate(self, module: nn.Module) -> None:
-        if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
-            raise ValueError(f"FusedColwise takes a torch.nn.Linear, and this is a {type(module).__name__}.")
-        if sum(self.parts.values()) != module.weight.shape[0]:
-            raise ValueError(f"The parts {self.parts} do not add up to the {module.weight.shape[0]} output features.")
+        check_linear("FusedColwise", module)
+        _, outputs = features(module)
+        if sum(self.parts.values()) != outputs:
+            raise ValueError(f"The parts {self.parts} do not add up to the {outputs} output features.")
 
     def divided(self, module: nn.Module) -> Mapping[str, int]:
         return {part: rows for part, rows in self.parts.items() if part not in self.shared}
 
     def placements(self, module: nn.Module) -> Mapping[str, Placement]:
-        return {f"{part}.{name}": self.part_placement(part) for part in self.parts for name in self.fused(module)}
+        names = self.fused(module)
+        return {f"{part}.{name}": self.part_placement(module, part, name) for part in self.parts for name in names}
 
     def shapes(self, module: nn.Module) -> Mapping[str, torch.Size]:
-        rest = {name: module.get_parameter(name).shape[1:] for name in self.fused(module)}
-        return {f"{part}.{name}": torch.Size((rows, *rest[name])) for part, rows in self.parts.items() for name in rest}
+        shapes: dict[str, torch.Size] = {}
+        for part, rows in self.parts.items():
+            for name in self.fused(module):
+                shape = list(module.get_parameter(name).shape)
+                shape[self.fused_dim(module, name)] = rows
+                shapes[f"{part}.{name}"] = torch.Size(shape)
+        return shapes
 
     def covers(self, module: nn.Module) -> frozenset[str]:
         return frozenset(self.fused(module))
 
-    def fused_dim(self, name: str) -> int:
+    def fused_dim(self, module: nn.Module, name: str) -> int:
         """Along which the parts of a parameter lie one after the other."""
-        return 0
+        return output_dim(module) if name == "weight" else 0
 
-    def part_placement(self, part: str) -> Placement:
-        return Replicate() if part in self.shared else Shard(0)
+    def part_placement(self, module: nn.Module, part: str, name: str) -> Placement:
+        return Replicate() if part in self.shared else Shard(self.fused_dim(module, name))
 
     def local_rows(self, group: Group) -> dict[str, int]:
         """Rows of each part that a rank computes."""
@@ -152,11 +168,11 @@ class FusedColwise(Colwise):
         for part in self.parts:
             module.register_module(part, nn.Module())
         for name in fused:
-            whole = module.get_parameter(name)
-            for part, rows in zip(self.parts, whole.detach().split(list(self.parts.values())), strict=True):
-                parameter = nn.Parameter(rows, requires_grad=whole.requires_grad)
+            whole, dim = module.get_parameter(name), self.fused_dim(module, name)
+            for part, values in zip(self.parts, whole.detach().split(list(self.parts.values()), dim), strict=True):
+                parameter = nn.Parameter(values, requires_grad=whole.requires_grad)
                 module.get_submodule(part).register_parameter(
-                    name, distribute_parameter(parameter, self.part_placement(part), mesh)
+                    name, distribute_parameter(parameter, self.part_placement(module, part, name), mesh)
                 )
             del module._parameters[name]
 
@@ -173,7 +189,7 @@ class FusedPart(NamedTuple):
 def fused_parameters(model: nn.Module) -> dict[str, FusedPart]:
     """Each part of a fused parameter by its name; parts in their order."""
     return {
-        f"{path}.{part}": FusedPart(f"{path}.{name}", module.parallelized.style.fused_dim(name))
+        f"{path}.{part}": FusedPart(f"{path}.{name}", module.parallelized.style.fused_dim(module, name))
         for path, module in model.named_modules()
         if isinstance(module, FusedModule)
         for name in module.fused_names()

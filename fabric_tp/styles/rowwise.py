@@ -11,7 +11,7 @@ from fabric_tp.autograd.collectives import Layout
 from fabric_tp.autograd.kept_reductions import reduction
 from fabric_tp.autograd.linear import linear
 from fabric_tp.styles.layout import leaving, summed
-from fabric_tp.styles.style import LocalModule, Parallelized, Style, own_parameters
+from fabric_tp.styles.style import LocalModule, Parallelized, Style, check_linear, output_dim, own_parameters
 
 
 class _RowwiseLinear(LocalModule):
@@ -19,10 +19,11 @@ class _RowwiseLinear(LocalModule):
 
     def compute(self, x: Tensor) -> Tensor:
         """Without the bias, which is added once: after the reduction, or, if that happens elsewhere, by one rank."""
-        style, group = self.parallelized.style, self.parallelized.group
+        this, style, group = self.parallelized, self.parallelized.style, self.parallelized.group
+        weight = this.outputs_first(self.weight)  # type: ignore[arg-type]
         bias = self._parameters.get("bias") if style.output_layout is None else None
         # Times zero on the other ranks, so that they have a gradient too: all must take part in the sum.
-        return linear(x, [self.weight], [None if bias is None else bias * (group.rank == 0)])  # type: ignore[list-item]
+        return linear(x, [weight], [None if bias is None else bias * (group.rank == 0)])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         bias, style = self._parameters.get("bias"), self.parallelized.style
@@ -54,7 +55,7 @@ class Rowwise(Style):
     ===============  ===========  ========  =================  ==============  ==========  =============
 
     Raises:
-        ValueError: The module is no ``nn.Linear``; the number of ranks does not divide the input features.
+        ValueError: The module is no linear layer; the number of ranks does not divide the input features.
 
     Example::
 
@@ -68,11 +69,10 @@ class Rowwise(Style):
         self.takes_rows = takes_rows
 
     def validate(self, module: nn.Module) -> None:
-        if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
-            raise ValueError(f"Rowwise takes a torch.nn.Linear, and this is a {type(module).__name__}.")
+        check_linear("Rowwise", module)
 
     def placements(self, module: nn.Module) -> Mapping[str, Placement]:
-        places: dict[str, Placement] = {"weight": Shard(1), "bias": Replicate()}
+        places: dict[str, Placement] = {"weight": Shard(1 - output_dim(module)), "bias": Replicate()}
         return {name: places[name] for name in own_parameters(module) if name in places}
 
     def partial(self, module: nn.Module) -> frozenset[str]:

@@ -16,7 +16,8 @@ class _SharedHeadsLinear(LocalModule):
     parallelized: Parallelized[SharedHeads]
 
     def localize(self, name: str, local: Tensor) -> Tensor:
-        return self.parallelized.style.heads.select(local, self.parallelized.group)
+        this = self.parallelized
+        return this.style.heads.select(local, this.group, this.output_dim(local))
 
 
 class SharedHeads(Colwise):

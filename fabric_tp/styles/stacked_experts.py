@@ -131,5 +131,5 @@ class StackedExperts(Style):
         for name in self.once:
             module.register_parameter(name, distribute_parameter(module.get_parameter(name), Replicate(), mesh))
 
-    def fused_dim(self, name: str) -> int:
+    def fused_dim(self, module: nn.Module, name: str) -> int:
         return self.split[name]

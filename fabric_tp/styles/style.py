@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
+from fabric_tp.architectures.linear import Storage, storage
 from fabric_tp.autograd.collectives import Group
 from fabric_tp.autograd.linear import linear
 from fabric_tp.autograd.padding import Padding
@@ -32,6 +33,10 @@ class Parallelized(Generic[StyleOf]):
     """Name of the forward's first parameter, the activations; empty if it has none that can be used."""
     by_keyword: bool = False
     """The forward takes the first argument by its name only."""
+    arguments: tuple[str, ...] = ()
+    """Names of the forward's parameters, in their order."""
+    storage: Storage | None = None
+    """How the weight lies, of a linear layer."""
     partial: frozenset[str] = frozenset()
     """Own replicated parameters of which each rank computes only a part of the gradient."""
     sum_is_deferred: bool = False
@@ -39,6 +44,14 @@ class Parallelized(Generic[StyleOf]):
     grad_placements: dict[str, list[Placement]] = field(default_factory=dict)
     padding: Padding | None = None
     """Of the model; None where torch's ``parallelize_module`` applied the style, which knows no model."""
+
+    def outputs_first(self, weight: Tensor) -> Tensor:
+        """A view of a linear layer's weight, with the rows that torch's has."""
+        return weight.t() if self.storage == "inputs_first" else weight
+
+    def output_dim(self, parameter: Tensor) -> int:
+        """The dimension of a linear layer's weight or bias that its output features lie along."""
+        return 1 if self.storage == "inputs_first" and parameter.dim() == 2 else 0
 
     def defer_sum(self) -> None:
         self.sum_is_deferred = True
@@ -109,10 +122,10 @@ class LocalModule(nn.Module):
         return local
 
     def compute(self, *args: Any, **kwargs: Any) -> Any:
-        own = super().forward  # type: ignore[misc]
-        if own.__func__ is nn.Linear.forward and len(args) == 1:  # type: ignore[attr-defined]
-            return linear(args[0], [self.weight], [self.bias])  # type: ignore[list-item]
-        return own(*args, **kwargs)
+        this = self.parallelized
+        if this.storage and len(args) == 1:
+            return linear(args[0], [this.outputs_first(self.weight)], [self.bias])  # type: ignore[arg-type, list-item]
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
 class Style(ParallelStyle):
@@ -211,7 +224,8 @@ class Style(ParallelStyle):
         group = Group.of(device_mesh)
         check_divisible(type(module).__name__, self.divided(module), group.size)
         self.check_rounded(type(module).__name__, module, group.size)
-        this = Parallelized(self, device_mesh, group, *_first_parameter(module))
+        arguments = tuple(inspect.signature(module.forward).parameters)
+        this = Parallelized(self, device_mesh, group, *_first_parameter(module), arguments, storage(module))
         this.partial = self.partial(module) if group.size > 1 else frozenset()
         places = self.placements(module).items()
         this.grad_placements = {name: [Partial() if name in this.partial else place] for name, place in places}
@@ -265,6 +279,18 @@ def check_divisible(name: str, divided: Mapping[str, int], size: int) -> None:
     if wrong:
         numbers = ", ".join(f"{what}={number}" for what, number in wrong.items())
         raise ValueError(f"tensor_parallel_size={size} does not divide {numbers} of {name}.")
+
+
+def check_linear(style: str, module: nn.Module) -> None:
+    """Raise ValueError for a module whose forward is not known to be that of a linear layer."""
+    if storage(module) is None:
+        raise ValueError(f"{style} takes a torch.nn.Linear, and this is a {type(module).__name__}.")
+
+
+def output_dim(module: nn.Module) -> int:
+    """The dimension of a linear layer's weight that its output features lie along."""
+    this = getattr(module, "parallelized", None)
+    return 1 if (this.storage if this else storage(module)) == "inputs_first" else 0
 
 
 def own_parameters(module: nn.Module) -> Iterator[str]:

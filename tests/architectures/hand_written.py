@@ -1,10 +1,17 @@
-"""A Llama as people write it by hand for pretraining: names of Transformers, no config, masks as arguments.
+"""Models as people write them by hand for pretraining: their forwards are what users have, and suit no parallelism.
 
-Its forward is what users have; nothing in it is made to suit tensor parallelism. Attention ends with a reshape to
+``LlamaForCausalLM``: names of Transformers, no config, masks as arguments. Attention ends with a reshape to
 ``hidden_size``; one rotary module, whose tables are made in ``__init__``, is handed to every layer.
+
+``NanoGPT``: the structure of Karpathy's. Attention takes the width of all heads from its input's; one embedding is also
+the head; without targets only the last position's logits are computed.
+
+``FastLlama``: the structure of gpt-fast's. Queries, keys and values are one layer, and ``n_local_heads`` counts keys.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -115,3 +122,125 @@ def causal_and_padding(input_ids: Tensor, dtype: torch.dtype = torch.float32) ->
     length = input_ids.shape[1]
     seen = torch.ones(length, length, dtype=torch.bool).tril() & (input_ids != PADDING)[:, None, :]
     return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -torch.inf)[:, None]
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, n_embd: int, n_head: int) -> None:
+        super().__init__()
+        self.c_attn = nn.Linear(n_embd, 3 * n_embd)
+        self.c_proj = nn.Linear(n_embd, n_embd)
+        self.resid_dropout = nn.Dropout(0.0)
+        self.n_head, self.n_embd, self.dropout = n_head, n_embd, 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.size()
+        q, k, v = self.c_attn(x).split(self.n_embd, dim=2)
+        q, k, v = (each.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for each in (q, k, v))
+        rate = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=rate, is_causal=True)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).contiguous().view(B, T, C)))
+
+
+class NanoMLP(nn.Module):
+    def __init__(self, n_embd: int) -> None:
+        super().__init__()
+        self.c_fc, self.gelu, self.c_proj = nn.Linear(n_embd, 4 * n_embd), nn.GELU(), nn.Linear(4 * n_embd, n_embd)
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class NanoBlock(nn.Module):
+    def __init__(self, n_embd: int, n_head: int) -> None:
+        super().__init__()
+        self.ln_1, self.attn = nn.LayerNorm(n_embd), CausalSelfAttention(n_embd, n_head)
+        self.ln_2, self.mlp = nn.LayerNorm(n_embd), NanoMLP(n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class NanoGPT(nn.Module):
+    def __init__(self, vocab_size: int, n_embd: int = 64, n_head: int = 8, block_size: int = 64) -> None:
+        super().__init__()
+        parts = {
+            "wte": nn.Embedding(vocab_size, n_embd),
+            "wpe": nn.Embedding(block_size, n_embd),
+            "drop": nn.Dropout(0.0),
+            "h": nn.ModuleList(NanoBlock(n_embd, n_head) for _ in range(2)),
+            "ln_f": nn.LayerNorm(n_embd),
+        }
+        self.transformer: Any = nn.ModuleDict(parts)
+        self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        _, t = idx.size()
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(torch.arange(t, device=idx.device)))
+        for block in self.transformer.h:
+            x = block(x)
+        x = self.transformer.ln_f(x)
+        if targets is None:
+            return self.lm_head(x[:, [-1], :]), None
+        logits = self.lm_head(x)
+        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+
+
+class FastAttention(nn.Module):
+    def __init__(self, dim: int, n_head: int, n_local_heads: int) -> None:
+        super().__init__()
+        self.n_head, self.n_local_heads, self.head_dim, self.dim = n_head, n_local_heads, dim // n_head, dim
+        self.wqkv = nn.Linear(dim, (n_head + 2 * n_local_heads) * self.head_dim, bias=False)
+        self.wo = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor, rope: RotaryEmbedding, mask: Tensor) -> Tensor:
+        bsz, seqlen, _ = x.shape
+        kv_size = self.n_local_heads * self.head_dim
+        q, k, v = self.wqkv(x).split([self.dim, kv_size, kv_size], dim=-1)
+        q = q.view(bsz, seqlen, self.n_head, self.head_dim).transpose(1, 2)
+        k = k.view(bsz, seqlen, self.n_local_heads, self.head_dim).transpose(1, 2)
+        v = v.view(bsz, seqlen, self.n_local_heads, self.head_dim).transpose(1, 2)
+        k = k.repeat_interleave(self.n_head // self.n_local_heads, dim=1)
+        v = v.repeat_interleave(self.n_head // self.n_local_heads, dim=1)
+        y = F.scaled_dot_product_attention(rope(q), rope(k), v, attn_mask=mask)
+        return self.wo(y.transpose(1, 2).contiguous().view(bsz, seqlen, self.dim))
+
+
+class FastFeedForward(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.w1, self.w3 = nn.Linear(dim, 2 * dim, bias=False), nn.Linear(dim, 2 * dim, bias=False)
+        self.w2 = nn.Linear(2 * dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class FastBlock(nn.Module):
+    def __init__(self, dim: int, n_head: int, n_local_heads: int) -> None:
+        super().__init__()
+        self.attention, self.feed_forward = FastAttention(dim, n_head, n_local_heads), FastFeedForward(dim)
+        self.attention_norm, self.ffn_norm = nn.RMSNorm(dim), nn.RMSNorm(dim)
+
+    def forward(self, x: Tensor, rope: RotaryEmbedding, mask: Tensor) -> Tensor:
+        h = x + self.attention(self.attention_norm(x), rope, mask)
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
+class FastLlama(nn.Module):
+    def __init__(self, vocab_size: int, dim: int = 64, n_head: int = 8, n_local_heads: int = 2) -> None:
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(vocab_size, dim)
+        self.layers = nn.ModuleList(FastBlock(dim, n_head, n_local_heads) for _ in range(2))
+        self.norm, self.output = nn.RMSNorm(dim), nn.Linear(dim, vocab_size, bias=False)
+        self.rope = RotaryEmbedding(dim // n_head, 64)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        length = idx.shape[1]
+        mask = torch.ones(length, length, dtype=torch.bool, device=idx.device).tril()
+        x = self.tok_embeddings(idx)
+        for layer in self.layers:
+            x = layer(x, self.rope, mask)
+        return self.output(self.norm(x))

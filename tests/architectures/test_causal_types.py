@@ -12,9 +12,13 @@ from torch import nn
 
 import fabric_tp
 from fabric_tp.architectures import BART, Architecture, recognise
+from fabric_tp.styles.attention_heads import HeadsModule
+from fabric_tp.testing.parity import TOLERANCE
 from fabric_tp.testing.ranks import mesh
 from fabric_tp.testing.small import LENGTH, VOCABULARY, causal_types, small_causal
-from tests.parity import assert_equal
+from tests.parity import assert_equal, differences_of
+from tests.styles.dropout_runs import train, worst
+from tests.test_mutations import by_keyword, drop_gradient_sum
 
 TYPES = {
     "phi": "phi",
@@ -38,6 +42,16 @@ TYPES = {
     "phimoe": "huggingface",  # a router that draws random numbers
     "afmoe": "huggingface",  # a gate after attention; a parameter beside the router
     "bitnet": "huggingface",  # norms over all heads' outputs and over all hidden features
+    "gpt2": "gpt2",  # weights as (inputs, outputs)
+    "gpt_bigcode": "gpt2",  # one key and value head
+    "gptj": "gptj",
+    "gpt_neo": "gpt_neo",
+    "gpt_neox_japanese": "gpt_neox_japanese",  # a bias that attention returns
+    "bloom": "bloom",  # ALiBi
+    "falcon": "bloom",
+    "mpt": "mpt",
+    "ctrl": "ctrl",  # attention takes its input three times
+    "cpmant": "cpmant",  # learned biases of each head; a prompt before the tokens
 }
 WITH_MIXERS = {
     "qwen3_next": "huggingface",  # queries with gates
@@ -52,9 +66,9 @@ WITH_MIXERS = {
 """Blocks of which something splits in no way."""
 
 
-def build(model_type: str) -> nn.Module:
+def build(model_type: str, **overrides: Any) -> nn.Module:
     """In fp64 where a gradient is a sum over all activations of a layer: its rounding in fp32 is near the tolerance."""
-    model = small_causal(model_type)
+    model = small_causal(model_type, **overrides)
     return model.double() if model_type == "apertus" else model
 
 
@@ -111,6 +125,48 @@ def test_a_norm_at_another_place_is_refused() -> None:
 def test_other_meshes(pool, model_type, sizes, sequence_parallel) -> None:
     parallelize_fn = fabric_tp.auto(sequence_parallel=sequence_parallel, replicate_attention=model_type in WITH_MIXERS)
     assert_equal(pool, partial(build, model_type), parallelize_fn, sizes)
+
+
+VARIANTS = {
+    "Falcon of the new architecture": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 4}),
+    "Falcon with ALiBi": ("falcon", {"alibi": True, "attn_implementation": "eager"}),
+    "GPT-BigCode by head": ("gpt_bigcode", {"multi_query": False}),
+    "Bloom with the other residual": ("bloom", {"apply_residual_connection_post_layernorm": True}),
+}
+"""Options that change how attention computes, or how its fused layer lies."""
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(pool, variant) -> None:
+    model_type, options = VARIANTS[variant]
+    assert_equal(pool, partial(build, model_type, **options), fabric_tp.auto(), (1, 2))
+
+
+def test_masks_of_gpt2(pool) -> None:
+    """On four ranks the MLP has as many hidden features on each as the model has, and its dropout sees the latter."""
+    rates = {"attn_pdrop": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_implementation": "eager"}
+    model = partial(build, "gpt2", **rates)
+    assert worst(pool(4)(train, model, {}, (1, 4)), pool(2)(train, model, {}, (2, 1))) < TOLERANCE
+
+
+def biases_of_the_first_heads(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, HeadsModule):
+            module.parallelized.group = replace(module.parallelized.group, rank=0)
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "mpt", "cpmant"])
+def test_biases_of_other_heads_are_noticed(pool, model_type) -> None:
+    model = partial(build, model_type)
+    differences = differences_of(pool, model, fabric_tp.auto(), break_model=biases_of_the_first_heads)
+    assert differences["output"] > 10 * TOLERANCE
+
+
+def test_a_missing_sum_of_what_attention_returns_is_noticed(pool) -> None:
+    break_model = partial(by_keyword, partial(drop_gradient_sum, ".attention.dense_bias."))
+    model = partial(build, "gpt_neox_japanese")
+    differences = differences_of(pool, model, fabric_tp.auto(), break_model=break_model)
+    assert max(differences.values()) > 10 * TOLERANCE
 
 
 @pytest.mark.parametrize("rate", ["dropout", "activation_dropout", "layerdrop"])

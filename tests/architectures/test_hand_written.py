@@ -1,4 +1,4 @@
-"""The hand-written Llama with the options of the scripts that people run it with."""
+"""Hand-written models with the options of the scripts that people run them with."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ import fabric_tp
 from fabric_tp.architectures import recognise
 from fabric_tp.measure.step import default_dtype
 from fabric_tp.shards import gather_shards
-from fabric_tp.testing.parity import TOLERANCE
+from fabric_tp.testing.parity import TOLERANCE, Report, compare
 from fabric_tp.testing.ranks import mesh
 from fabric_tp.testing.small import randomize
-from tests.architectures.hand_written import PADDING, LlamaForCausalLM, causal_and_padding
+from tests.architectures.hand_written import PADDING, FastLlama, LlamaForCausalLM, NanoGPT, causal_and_padding
 from tests.parity import assert_equal, differences_of
 
 VOCABULARY, WIDTH, LENGTH, STEPS = 96, 96, 12, 4
@@ -189,3 +189,36 @@ def test_tables_on_the_meta_device_are_refused() -> None:
         model = LlamaForCausalLM(VOCABULARY, WIDTH, num_layers=1)
     with pytest.raises(ValueError, match=r"base_model\.rotary_emb \(RotaryEmbedding\) is on the meta device"):
         fabric_tp.random.initialize(model, torch.device("cpu"), 0)
+
+
+def build_nano() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return randomize(NanoGPT(VOCABULARY))
+
+
+def build_fast() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return randomize(FastLlama(VOCABULARY))
+
+
+def its_own_loss(output: tuple[Tensor, Tensor], inputs: object) -> Tensor:
+    return output[1]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+def test_nanogpt(pool, size, sequence_parallel) -> None:
+    assert recognise(build_nano()).name == "gpt2"
+    parallelize_fn = fabric_tp.auto(sequence_parallel=sequence_parallel, loss_parallel=False)
+    tokens = batch(4)["input_ids"]
+    inputs = {"idx": tokens, "targets": tokens.roll(-1, 1)}
+    report = Report(pool(size)(compare, build_nano, parallelize_fn, inputs, its_own_loss, (1, size), 3))
+    assert report.equal, str(report)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_fused_llama(pool, size) -> None:
+    assert recognise(build_fast()).name == "fused_llama"
+    assert_equal(pool, build_fast, fabric_tp.auto(), (1, size))

@@ -262,7 +262,7 @@ def local_shape(module: nn.Module, name: str) -> tuple[int, ...]:
     """Of a parameter, on this rank; if it is held in parts, of these together."""
     fused = isinstance(module, FusedModule) and name in module.fused_names()
     parts = [module.get_parameter(each).to_local() for each in (module.part_names(name) if fused else [name])]
-    return tuple(torch.cat(parts, module.parallelized.style.fused_dim(name) if fused else 0).shape)
+    return tuple(torch.cat(parts, module.parallelized.style.fused_dim(module, name) if fused else 0).shape)
 
 
 def seen_inside(module: nn.Module) -> tuple[int, ...]:

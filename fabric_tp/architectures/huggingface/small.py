@@ -98,6 +98,9 @@ TYPES: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": {"index_topk": 4},  # fewer than there are tokens
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "reformer": {"axial_pos_embds": False},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
+    "ctrl": {"dff": HIDDEN},
+    "cpmant": {"dim_head": 8, "dim_ff": HIDDEN, "init_std": 0.02},
 }
 """What the configs of some types need besides small sizes."""
 
