@@ -118,8 +118,8 @@ def model_names() -> set[str]:
                     yield from strings(getattr(value, field.name))
 
     words = {"", "norm", "output", "layers", "model", "attention", "mlp", "gate", "experts", "dropout", "config"}
-    words |= {"router", "blocks", "head", "key", "value", "dim", "drop", "k", "p", "0"}
-    words |= {"dropout_p"}  # torch's, of attention
+    words |= {"router", "blocks", "head", "query", "key", "value", "dim", "drop", "k", "0"}
+    words |= {"dropout_p", "p"}  # torch's, of attention and of nn.Dropout
     words |= {each.name for each in KNOWN} | {
         "feed_forward",
         "proj",

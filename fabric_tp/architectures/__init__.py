@@ -19,6 +19,7 @@ from fabric_tp.architectures.gpt2 import GPT2, GPT_NEO, GPTJ
 from fabric_tp.architectures.gpt_neox import GPT_NEOX, GPT_NEOX_JAPANESE
 from fabric_tp.architectures.huggingface import (
     BART,
+    BERTS,
     BIGBIRD_PEGASUS,
     BIOGPT,
     BLOOM,
@@ -32,6 +33,7 @@ from fabric_tp.architectures.huggingface import (
     LFM2,
     LLAMA4,
     MAMBA,
+    MODERNBERT,
     MPT,
     MULTIMODAL,
     NEMOTRON_H,
@@ -79,6 +81,8 @@ KNOWN = (
     MPT,
     CTRL,
     CPMANT,
+    *BERTS,
+    MODERNBERT,
     BASE_MODEL,
     FEED_FORWARD,
 )
@@ -93,7 +97,7 @@ def recognise(model: nn.Module) -> Architecture:
     for architecture in KNOWN:
         if architecture.matches(model):
             return architecture
-    known = "; ".join(f"{architecture.name}: {architecture.description}" for architecture in KNOWN)
+    known = "; ".join(dict.fromkeys(f"{architecture.name}: {architecture.description}" for architecture in KNOWN))
     raise ValueError(
         f"The architecture of this {type(model).__name__} is not known. Known are: {known}. For any other model write a"
         " plan and use fabric_tp.from_plan(plan)."

@@ -8,6 +8,8 @@ from typing import Literal
 
 from torch import nn
 
+from fabric_tp.architectures.names import children, class_path, has, modules_with
+
 Parts = Callable[[nn.Module], Mapping[str, int]]
 """From a module to the output features of each part of a fused linear layer in it, in their order."""
 
@@ -60,8 +62,10 @@ class Attention:
     name: str
     counts: Callable[[nn.Module], HeadCounts]
     """How many heads the attention module has."""
-    outputs: tuple[str, ...]
+    outputs: tuple[str, ...] = ()
     """Linear layers from the heads back to the model's width."""
+    block_outputs: tuple[str, ...] = ()
+    """The same, outside of the attention module: paths from the block."""
     queries: tuple[str, ...] = ()
     """Linear layers whose output features are those of the query heads."""
     keys_values: tuple[str, ...] = ()
@@ -179,6 +183,7 @@ class Mixer:
 @dataclass(frozen=True)
 class Block:
     norms: tuple[str, ...]
+    """Norms, and modules of any other kind that treat each token by itself and are whole on every rank."""
     attention: Attention
     feed_forward: FeedForward
     experts: Experts | None = None
@@ -191,6 +196,8 @@ class Block:
     """Each block is one of mixer, attention, MLP and experts, which may all have the same name."""
     dropout_rates: tuple[str, ...] = ()
     """Attributes that hold a rate of dropout in the block's own forward, without a module; it must be 0."""
+    piece_lengths: tuple[str, ...] = ()
+    """Attributes that, if not 0, make the block cut the sequence into pieces of so many tokens."""
     shared_norm: Callable[[nn.Module], str | None] | None = None
     """From a block to the norm whose output both attention and MLP take, and both add to the block's input."""
 
@@ -227,17 +234,22 @@ class Architecture:
     positions: tuple[str, ...] = ()
     """Learned embeddings of positions, added to the embedding's output; they need ``measures_embedding``."""
     before_blocks: tuple[str, ...] = ()
-    """Further modules between the embedding and the blocks, such as a norm or a dropout; they need
-    ``measures_embedding``."""
+    """Further modules between the embedding and the blocks, such as a norm or a dropout, or around the embedding; every
+    rank computes all that is in them on the whole sequence. They need ``measures_embedding``."""
     after_blocks: tuple[str, ...] = ()
-    """Further modules between the blocks and the head, such as a projection, or a norm that not all models have."""
+    """Further modules between the blocks and the head, such as a projection, or a norm that not all models have; they
+    treat each token by itself."""
     whole: tuple[str, ...] = ()
     """Modules whose output joins the embedding's, such as a vision tower; they need ``measures_embedding``."""
+    unused: tuple[str, ...] = ()
+    """Modules on whose output nothing depends that the model returns; every rank has them whole."""
     dropout_rates: tuple[str, ...] = ()
     """Paths to attributes that hold a rate of dropout in the model's own forward; it must be 0."""
     norm: str = ""
     """Between the blocks and the head; empty where there may be none."""
     head: str = ""
+    head_bias: str = ""
+    """A module that has the head's bias too, under the name ``bias``."""
     feed_forward: FeedForward | None = None
     lean: str = ""
     """Where the table of the family's own lean modules is, as ``"package.module:NAME"``; torch's norms need none."""
@@ -271,7 +283,7 @@ class Architecture:
             return False
         if self.block is None:
             assert self.feed_forward is not None
-            return bool(find_feed_forwards(self.feed_forward, model))
+            return bool(modules_with(model, self.feed_forward.inputs, self.feed_forward.outputs))
         first = next(iter(children(model, self.blocks).values()), None)
         return (
             all(has(model, path) for path in (self.embedding, self.norm, self.head) if path)
@@ -280,36 +292,9 @@ class Architecture:
         )
 
 
-def class_path(model: nn.Module) -> str:
-    """The module and the name of its class."""
-    return f"{type(model).__module__}.{type(model).__qualname__}"
-
-
-def has(module: nn.Module, path: str) -> bool:
-    """Whether there is a submodule at ``path``; litgpt's blocks hold ``None`` for a norm that they share."""
-    try:
-        return isinstance(module.get_submodule(path), nn.Module)
-    except AttributeError:
-        return False
-
-
 def _has_layers(block: nn.Module, part: Attention | FeedForward) -> bool:
     """Whether the part is in the block, with one of its layers at either end."""
     inputs = (*(part.queries if isinstance(part, Attention) else part.inputs), *part.fused)
-    return all(
-        any(has(block, f"{part.name}.{name}" if part.name else name) for name in names)
-        for names in (inputs, part.outputs)
-    )
-
-
-def children(model: nn.Module, path: str) -> dict[str, nn.Module]:
-    """The blocks by their full names."""
-    if not has(model, path):
-        return {}
-    return {f"{path}.{name}" if path else name: child for name, child in model.get_submodule(path).named_children()}
-
-
-def find_feed_forwards(feed_forward: FeedForward, model: nn.Module) -> list[str]:
-    """Full names of all modules that have the layers of ``feed_forward``."""
-    needed = (*feed_forward.inputs, *feed_forward.outputs)
-    return [name for name, module in model.named_modules() if all(has(module, layer) for layer in needed)]
+    ends = [[f"{part.name}.{name}" if part.name else name for name in names] for names in (inputs, part.outputs)]
+    ends[1] += part.block_outputs if isinstance(part, Attention) else ()
+    return all(any(has(block, path) for path in paths) for paths in ends)

@@ -70,6 +70,7 @@ GPT2 = Architecture(
     block=_BLOCK,
     norm="transformer.ln_f",
     head="lm_head",
+    splits_sequence=("logits_to_keep",),
     measures_embedding=True,
     measures_output=True,
 )

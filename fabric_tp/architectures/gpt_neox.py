@@ -40,6 +40,7 @@ GPT_NEOX = Architecture(
     block=_BLOCK,
     norm="gpt_neox.final_layer_norm",
     head="embed_out",
+    splits_sequence=("logits_to_keep",),
     measures_embedding=True,
     tested=("transformers.models.gpt_neox.modeling_gpt_neox.GPTNeoXForCausalLM",),
 )

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from fabric_tp.architectures import FEED_FORWARD, LITGPT, LLAMA, Architecture, recognise
-from fabric_tp.architectures.architecture import children, class_path, has
+from fabric_tp.architectures.names import children, class_path, has
 from fabric_tp.parallelize.options import documented
 from fabric_tp.parallelize.parallelize import Derived, ParallelizeByPlan
 from fabric_tp.plan import TransformerOptions, derive_feed_forward_plan, derive_plan, tied_parameters

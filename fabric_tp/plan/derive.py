@@ -14,49 +14,48 @@ from fabric_tp.plan.found import (
     FoundAttention,
     FoundBlock,
     FoundExperts,
-    FoundMLP,
     FoundTransformer,
     FusedLinear,
-    Linear,
-    QKNorm,
 )
 from fabric_tp.plan.inspection import inspect_feed_forwards, inspect_transformer
+from fabric_tp.plan.layers import (
+    COLWISE,
+    Styles,
+    colwise_styles,
+    feed_forward_styles,
+    hidden_styles,
+    layer_styles,
+    norm_of_all,
+    qk_norm,
+    rowwise_styles,
+    under,
+)
 from fabric_tp.plan.mixers import refuse_mixers, whole
 from fabric_tp.plan.modules import attribute, join
 from fabric_tp.plan.options import TransformerOptions, layout_of
 from fabric_tp.plan.plan import Plan
 from fabric_tp.plan.stacked import readable, stacked_experts
 from fabric_tp.styles import (
-    AllHeadsNorm,
     Colwise,
     Dropout,
     FusedColwise,
     GatherOutput,
+    HeadBias,
     Heads,
     LMHead,
     LowRankColwise,
     LowRankFused,
     LowRankHead,
-    LowRankRowwise,
     ParallelResidual,
-    PrepareInput,
     PrepareInputOutput,
     RandomHeads,
     RandomReplicated,
     Replicated,
-    Rowwise,
     ScatterInput,
     ShardHeads,
     SharedHeads,
-    Style,
-    Unsharded,
     VocabParallelEmbedding,
 )
-
-Styles = dict[str, Style]
-"""By path from the module that is meant."""
-
-COLWISE = Colwise(input_layout=None)
 
 BALANCE = (
     "adds a loss of the routers' outputs. Each rank would compute all of it, and its gradient would count once for each"
@@ -78,6 +77,7 @@ def derive_plan(
     if tensor_parallel_size > 1:
         check_drawn(found)
         _check_balance(architecture, found, model)
+        _check_pieces(found, layout)
         if not options.replicate_attention:
             refuse_mixers({name: block.mixers for name, block in found.blocks.items()})
     measured = architecture.measures_embedding and options.sequence_parallel
@@ -89,6 +89,7 @@ def derive_plan(
     plan |= _blocks(architecture.blocks, found.blocks, deriver)
     plan |= {name: Replicated("replicate") for name in found.before}
     plan |= {name: Replicated(layout) for name in found.after}
+    plan |= {architecture.head_bias: HeadBias()} if found.has_head_bias else {}
     before_head = layout
     if architecture.measures_output and options.sequence_parallel:
         plan[architecture.norm], before_head = GatherOutput(), "replicate"
@@ -98,7 +99,7 @@ def derive_plan(
         head = LMHead(
             before_head, regather=options.regather, loss_parallel=options.loss_parallel, fused_loss=options.fused_loss
         )
-    plan |= _layer(found.head, head, COLWISE)
+    plan |= layer_styles(found.head, head, COLWISE)
     for name, inner in found.whole.items():  # all ranks see the same and compute the same, random numbers included
         reads = tuple(path.removeprefix(f"{name}.") for path in inner if path != name)
         plan |= {**dict.fromkeys(inner, Replicated()), name: RandomReplicated(reads=reads)}
@@ -112,6 +113,15 @@ def _check_balance(architecture: Architecture, found: FoundTransformer, model: n
         raise ValueError(f"config.{given[0]}={options[given[0]]} {BALANCE}")
 
 
+def _check_pieces(found: FoundTransformer, layout: Layout) -> None:
+    for name, block in found.blocks.items():
+        for path, length in block.pieces.items() if layout == "sequence" else ():
+            raise ValueError(
+                f"{name} cuts the sequence into pieces ({path}={length}), and each rank would cut its own part of it."
+                " Set it to 0 in the model's config, or use sequence_parallel=False."
+            )
+
+
 def derive_feed_forward_plan(architecture: Architecture, model: nn.Module, tensor_parallel_size: int) -> Plan:
     """The plan for a module that contains MLPs of this architecture; input and output of each are whole.
 
@@ -121,7 +131,7 @@ def derive_feed_forward_plan(architecture: Architecture, model: nn.Module, tenso
     found, dropouts = inspect_feed_forwards(architecture, model)
     plan: Plan = {name: Dropout() for name in dropouts.rates}
     for name, mlp in found.items():
-        plan |= _under(name, _feed_forward(mlp, "replicate", tensor_parallel_size))
+        plan |= under(name, feed_forward_styles(mlp, "replicate", tensor_parallel_size))
     return plan
 
 
@@ -129,8 +139,8 @@ def _blocks(path: str, found: dict[str, FoundBlock], deriver: _Deriver) -> Plan:
     """One pattern for all blocks if they are alike; otherwise each block by its name."""
     first, *others = found.values()
     if all(other == first for other in others):
-        return dict(_under(f"{path}.*", deriver.block(first)))
-    return {name: style for path, each in found.items() for name, style in _under(path, deriver.block(each)).items()}
+        return dict(under(f"{path}.*", deriver.block(first)))
+    return {name: style for path, each in found.items() for name, style in under(path, deriver.block(each)).items()}
 
 
 @dataclass(frozen=True)
@@ -155,19 +165,22 @@ class _Deriver:
             plan[""] = ParallelResidual(norm, attention, feed_forward, layout, regather=options.regather)
         inner = None if norm else layout
         for mixer in found.mixers:
-            plan |= _under(mixer.name, whole(mixer.every, mixer.dropouts, layout))
+            plan |= under(mixer.name, whole(mixer.every, mixer.dropouts, layout))
         if found.attention:
-            plan |= _under(attention, self.attention(found.attention, inner))
+            plan |= under(attention, self.attention(found.attention, inner))
         if found.cross_attention and self.described.cross_attention:
-            plan |= _under(self.described.cross_attention.name, self.attention(found.cross_attention, layout))
+            plan |= under(self.described.cross_attention.name, self.attention(found.cross_attention, layout))
+        for layer in found.attention_outputs:
+            undivided = layer_styles(layer, Replicated(layout), Replicated(layout))
+            plan |= undivided if options.replicate_attention else rowwise_styles((layer,), inner)
         if found.experts and self.described.experts:
-            plan |= _under(self.described.experts.name, self.experts(found.experts))
+            plan |= under(self.described.experts.name, self.experts(found.experts))
         if not found.feed_forward:
             return plan
         if not feed_forward:
             colwise = Colwise(inner, regather=options.regather, takes_rows=found.feed_forward.takes_rows)
-            return plan | _hidden(found.feed_forward, inner, self.size, colwise)
-        return plan | _under(feed_forward, _feed_forward(found.feed_forward, inner, self.size, options.regather))
+            return plan | hidden_styles(found.feed_forward, inner, self.size, colwise)
+        return plan | under(feed_forward, feed_forward_styles(found.feed_forward, inner, self.size, options.regather))
 
     def attention(self, found: FoundAttention, layout: Layout | None) -> Styles:
         if self.options.replicate_attention and not (self.hybrid and found.splits_over(self.size)):
@@ -194,14 +207,14 @@ class _Deriver:
         }
         for fused in found.fused:
             plan |= _fused_heads(fused, heads, shared, self.described.attention.adapted)
-        plan |= _colwise(found.queries)
+        plan |= colwise_styles(found.queries)
         for layer in found.keys_values:
-            plan |= _layer(layer, SharedHeads(shared, None), COLWISE) if shared else _colwise((layer,))
-        plan |= {norm.name: _qk_norm(norm, found.heads.size, None) for norm in found.query_norms}
-        plan |= {norm.name: _qk_norm(norm, found.heads.size, shared) for norm in found.key_norms}
+            plan |= layer_styles(layer, SharedHeads(shared, None), COLWISE) if shared else colwise_styles((layer,))
+        plan |= {norm.name: qk_norm(norm, found.heads.size, None) for norm in found.query_norms}
+        plan |= {norm.name: qk_norm(norm, found.heads.size, shared) for norm in found.key_norms}
         plan |= {name: Replicated(partial_gradient=True) for name in found.whole}
-        plan |= {norm.name: _norm_of_all(norm) for norm in found.output_norms}
-        plan |= _rowwise(found.outputs, layout)
+        plan |= {norm.name: norm_of_all(norm) for norm in found.output_norms}
+        plan |= rowwise_styles(found.outputs, layout)
         inputs = (*found.queries, *found.keys_values)
         return plan | inner_dropouts(found, inputs, layout, self.size)
 
@@ -231,12 +244,8 @@ class _Deriver:
         if found.expert:
             mlps[f"{described.experts}.*"] = found.expert
         for name, mlp in mlps.items():
-            plan |= _under(name, _hidden(mlp, None, self.size))
+            plan |= under(name, hidden_styles(mlp, None, self.size))
         return plan
-
-
-def _under(path: str, styles: Styles) -> Styles:
-    return {join(path, name): style for name, style in styles.items()}
 
 
 def _fused_heads(fused: FusedLinear, heads: Heads, shared: Heads | None, adapted: AdaptedHeads | None) -> Styles:
@@ -261,56 +270,3 @@ def _fused_heads(fused: FusedLinear, heads: Heads, shared: Heads | None, adapted
         row_indices=adapted.row_indices if fused.changed else (),
     )
     return {fused.name: adapter, fused.base: base}
-
-
-def _norm_of_all(norm: QKNorm, shared: Heads | None = None) -> AllHeadsNorm:
-    return AllHeadsNorm(norm.features, shared=shared, epsilon=norm.epsilon, unit_offset=norm.unit_offset)
-
-
-def _qk_norm(norm: QKNorm, head_size: int, shared: Heads | None) -> Style:
-    """The norm of single heads has a weight of their size, that of all heads together a longer one."""
-    if norm.features == head_size:
-        return Replicated(partial_gradient=True)
-    return _norm_of_all(norm, shared)
-
-
-def _feed_forward(found: FoundMLP, layout: Layout | None, size: int, regather: bool = True) -> Styles:
-    if found.gates and layout:
-        return _gated(found, layout, size)
-    plan: Styles = {"": PrepareInput(layout, regather=regather)} if layout else {}
-    return plan | _hidden(found, layout, size)
-
-
-def _gated(found: FoundMLP, layout: Layout, size: int) -> Styles:
-    """All but the hidden features is whole on every rank: what is multiplied must not be a partial sum."""
-    plan: Styles = {"": Unsharded(layout, reads=found.gates), **{name: Replicated() for name in found.gates}}
-    return plan | _hidden(found, "replicate", size, Colwise("replicate"))
-
-
-def _hidden(found: FoundMLP, output_layout: Layout | None, size: int, colwise: Colwise = COLWISE) -> Styles:
-    plan = _colwise(found.inputs, colwise)
-    plan |= {fused.name: FusedColwise(fused.parts, None) for fused in found.fused}
-    plan |= {norm.name: _norm_of_all(norm) for norm in found.norms}
-    plan |= _rowwise(found.outputs, output_layout, found.takes_rows)
-    plan |= {name: Replicated(partial_gradient=True) for name in found.whole}
-    return plan | inner_dropouts(found, found.inputs, output_layout, size)
-
-
-def _colwise(layers: tuple[Linear, ...], colwise: Colwise = COLWISE) -> Styles:
-    plan: Styles = {}
-    for layer in layers:
-        plan |= _layer(layer, LowRankColwise(colwise.input_layout) if layer.base else colwise, COLWISE)
-    return plan
-
-
-def _rowwise(layers: tuple[Linear, ...], layout: Layout | None, takes_rows: bool = False) -> Styles:
-    plan: Styles = {}
-    for layer in layers:
-        style = LowRankRowwise(layout) if layer.base else Rowwise(layout, takes_rows=takes_rows)
-        plan |= _layer(layer, style, Rowwise(None))
-    return plan
-
-
-def _layer(layer: Linear, style: Style, base: Style) -> Styles:
-    """A linear layer, or an adapter with the linear layer in it."""
-    return {layer.name: style, layer.base: base} if layer.base else {layer.name: style}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from fabric_tp.plan.modules import is_within
+
 
 @dataclass(frozen=True)
 class Dropouts:
@@ -15,15 +17,11 @@ class Dropouts:
 
     def outside(self, *names: str) -> Dropouts:
         """Those that are not in these children."""
-        return self._of(lambda path: not any(_is_within(path, name) for name in names))
+        return self._of(lambda path: not any(is_within(path, name) for name in names))
 
     def within(self, *names: str) -> Dropouts:
-        return self._of(lambda path: any(_is_within(path, name) for name in names))
+        return self._of(lambda path: any(is_within(path, name) for name in names))
 
     def _of(self, chosen: Callable[[str], bool]) -> Dropouts:
         rates = {path: rate for path, rate in self.rates.items() if chosen(path)}
         return Dropouts(rates, self.in_adapters)
-
-
-def _is_within(path: str, name: str) -> bool:
-    return bool(name) and (path == name or path.startswith(f"{name}."))

@@ -6,6 +6,7 @@ from fabric_tp.architectures import Architecture
 from fabric_tp.autograd.collectives import Layout
 from fabric_tp.plan.dropout_rates import Dropouts
 from fabric_tp.plan.found import FoundAttention, FoundMLP, FoundTransformer, Linear
+from fabric_tp.plan.modules import is_within
 from fabric_tp.plan.plan import Plan
 from fabric_tp.styles import Dropout, Style
 
@@ -24,9 +25,9 @@ def outer_dropouts(architecture: Architecture, dropouts: Dropouts, layout: Layou
     """Outside of the blocks; ``ambiguous`` if some there see the whole sequence, and some a part of it."""
     plan: Plan = {}
     for name, rate in dropouts.rates.items():
-        if name.startswith(f"{architecture.head}.") or name in architecture.before_blocks:
+        if any(is_within(name, module) for module in (architecture.head, *architecture.before_blocks)):
             plan[name] = Dropout()
-        elif not ambiguous:
+        elif not ambiguous or any(is_within(name, module) for module in architecture.after_blocks):
             plan[name] = Dropout(layout)
         elif rate > 0:
             raise ValueError(
@@ -49,6 +50,9 @@ def inner_dropouts(
             continue
         if name in found.output_dropouts:
             plan[name] = Dropout(layout or "replicate")
+            continue
+        if not found.outputs:  # nor is there what they would have reduced
+            plan[name] = Dropout("features")
             continue
         width = found.outputs[0].out_features
         sharded = {layer.in_features for layer in found.outputs} | {layer.out_features for layer in inputs}

@@ -112,6 +112,8 @@ class FoundBlock:
     shared_norm: str | None
     mixers: tuple[FoundMixer, ...]
     attention: FoundAttention | None
+    attention_outputs: tuple[Linear, ...]
+    """Those outside of the attention module."""
     feed_forward: FoundMLP | None
     experts: FoundExperts | None
     cross_attention: FoundAttention | None
@@ -119,6 +121,8 @@ class FoundBlock:
     """Outside of attention and MLP."""
     drawn: dict[str, float]
     """Positive rates of dropout in its own forward, by the attributes that hold them."""
+    pieces: dict[str, float]
+    """Lengths of the pieces into which it cuts the sequence, likewise."""
 
 
 @dataclass(frozen=True)
@@ -126,10 +130,10 @@ class FoundTransformer:
     blocks: dict[str, FoundBlock]
     """By their full names, in their order."""
     before: tuple[str, ...]
-    """Modules with parameters between the embedding and the blocks."""
     after: tuple[str, ...]
-    """Those between the blocks and the head."""
+    """Modules with parameters before the blocks, around the embedding or after it; and between blocks and head."""
     head: Linear
+    has_head_bias: bool
     whole: dict[str, tuple[str, ...]]
     """What joins the embedding's output: the modules with parameters in each."""
     whole_dropouts: Dropouts

@@ -8,8 +8,8 @@ from dataclasses import replace
 from torch import nn
 
 from fabric_tp.architectures import Architecture, Attention, Block, Experts, FeedForward
-from fabric_tp.architectures.architecture import children, find_feed_forwards, has
 from fabric_tp.architectures.linear import features
+from fabric_tp.architectures.names import children, has, modules_with
 from fabric_tp.plan.dropout_rates import Dropouts
 from fabric_tp.plan.found import (
     FoundAttention,
@@ -28,7 +28,6 @@ from fabric_tp.plan.modules import (
     attribute,
     child,
     existing,
-    has_parameters,
     join,
     own,
     positive,
@@ -48,13 +47,15 @@ def inspect_transformer(architecture: Architecture, model: nn.Module) -> FoundTr
     assert architecture.block is not None
     inspector = _Inspector(architecture)
     blocks = children(model, architecture.blocks)
+    before = (*architecture.positions, *architecture.before_blocks, *architecture.unused)
     return FoundTransformer(
         blocks={name: inspector.named_block(name, module) for name, module in blocks.items()},
-        before=tuple(present(model, (*architecture.positions, *architecture.before_blocks))),
-        after=tuple(present(model, (*filter(None, [architecture.norm]), *architecture.after_blocks))),
+        before=tuple(path for path in all_holders(model, before) if path != architecture.embedding),
+        after=all_holders(model, (*filter(None, [architecture.norm]), *architecture.after_blocks)),
         head=inspector.linear(model, architecture.head),
         whole={name: all_holders(model, (name,)) for name in present(model, architecture.whole)},
         whole_dropouts=inspector.dropouts(model).within(*architecture.whole),
+        has_head_bias=attribute(model, f"{architecture.head_bias}.bias") is not None,
         dropouts=inspector.dropouts(model).outside(architecture.blocks, *architecture.whole),
         drawn=positive(model, architecture.dropout_rates),
     )
@@ -69,7 +70,7 @@ def inspect_feed_forwards(architecture: Architecture, model: nn.Module) -> tuple
     _check_matches(architecture, model)
     assert architecture.feed_forward is not None
     inspector = _Inspector(architecture)
-    names = find_feed_forwards(architecture.feed_forward, model)
+    names = modules_with(model, architecture.feed_forward.inputs, architecture.feed_forward.outputs)
     found = {name: inspector.mlp(architecture.feed_forward, model.get_submodule(name)) for name in names}
     return found, inspector.dropouts(model)
 
@@ -103,15 +104,17 @@ class _Inspector:
         else:
             has_mlp = block.has_feed_forward(module) or not block.one_part
         return FoundBlock(
-            norms=tuple(name for name in block.norms if has_parameters(module, name)),
+            norms=all_holders(module, block.norms),
             shared_norm=block.shared_norm(module) if block.shared_norm else None,
             mixers=mixers,
             attention=self.attention(block.attention, child(module, block.attention.name)) if has_attention else None,
+            attention_outputs=self.linears(module, block.attention.block_outputs),
             feed_forward=self.mlp_of_block(block.feed_forward, module) if has_mlp else None,
             experts=self.experts(experts, block.feed_forward, module) if has_experts and experts else None,
             cross_attention=self.attention(cross, child(module, cross.name)) if cross else None,
             dropouts=self.dropouts(module).outside(*inner),
             drawn=positive(module, block.dropout_rates),
+            pieces=positive(module, block.piece_lengths),
         )
 
     def attention(self, attention: Attention, module: nn.Module) -> FoundAttention:

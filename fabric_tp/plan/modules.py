@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from fabric_tp.architectures.architecture import has
+from fabric_tp.architectures.names import has
 
 Answer = TypeVar("Answer")
 
@@ -68,10 +68,14 @@ def attribute(module: nn.Module, path: str) -> object:
 
 
 def positive(module: nn.Module, paths: Iterable[str]) -> dict[str, float]:
-    """Rates above 0, by the paths to the attributes that hold them."""
-    rates = {path: attribute(module, path) for path in paths}
-    return {path: rate for path, rate in rates.items() if isinstance(rate, float) and rate > 0}
+    """The numbers above 0, by the paths to attributes that hold them."""
+    numbers = {path: attribute(module, path) for path in paths}
+    return {path: number for path, number in numbers.items() if isinstance(number, (int, float)) and number > 0}
 
 
 def join(*names: str) -> str:
     return ".".join(filter(None, names))
+
+
+def is_within(path: str, name: str) -> bool:
+    return bool(name) and (path == name or path.startswith(f"{name}."))

@@ -11,6 +11,7 @@ from fabric_tp.styles.colwise import Colwise
 from fabric_tp.styles.dropout import Dropout
 from fabric_tp.styles.fused_colwise import FusedColwise
 from fabric_tp.styles.gather_output import GatherOutput
+from fabric_tp.styles.head_bias import HeadBias
 from fabric_tp.styles.lm_head import LMHead
 from fabric_tp.styles.low_rank_colwise import LowRankColwise
 from fabric_tp.styles.low_rank_fused import LowRankFused
@@ -38,6 +39,7 @@ __all__ = [
     "Dropout",
     "FusedColwise",
     "GatherOutput",
+    "HeadBias",
     "Heads",
     "LMHead",
     "Layout",

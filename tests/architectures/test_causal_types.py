@@ -32,6 +32,8 @@ TYPES = {
     "deepseek_v3": "huggingface",  # latent attention
     "deepseek_v2": "huggingface",  # its experts' module reads the router's weight
     "llama4_text": "llama4",
+    "bert": "bert",
+    "modernbert-decoder": "modernbert",
     "apertus": "huggingface",  # an activation with learned numbers
     "bart": "bart",  # a norm before the blocks, and none after them
     "opt": "bart",  # its blocks put the tokens in a row
@@ -189,6 +191,17 @@ def test_a_loss_of_the_routers_outputs_is_refused() -> None:
     with pytest.raises(ValueError, match=r"config\.output_router_logits=True adds a loss of the routers' outputs\."):
         fabric_tp.auto().check(small_causal("qwen2_moe", output_router_logits=True), tensor_parallel_size=2)
     fabric_tp.auto().check(small_causal("qwen2_moe", output_router_logits=True), tensor_parallel_size=1)
+
+
+def ask_for_the_last_logits() -> None:
+    model = fabric_tp.auto(verify=False)(small_causal("gpt2"), mesh(1, 2))
+    with pytest.raises(ValueError, match=r"logits_to_keep=1 cuts the sequence after each rank has got its part of it"):
+        model(torch.zeros(1, 4, dtype=torch.int64), logits_to_keep=1)
+
+
+def test_logits_of_a_part_of_the_sequence_are_refused(pool) -> None:
+    """Each rank would keep some of its own part."""
+    pool(2)(ask_for_the_last_logits)
 
 
 def ask_for_router_logits() -> None:

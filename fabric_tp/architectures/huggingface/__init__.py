@@ -1,6 +1,7 @@
 """Transformers: the descriptions of its causal language models, and, beside them, all else that knows them."""
 
 from fabric_tp.architectures.huggingface.bart import BART, BIGBIRD_PEGASUS, TROCR, WHISPER
+from fabric_tp.architectures.huggingface.bert import BERTS
 from fabric_tp.architectures.huggingface.bloom import BLOOM
 from fabric_tp.architectures.huggingface.cpmant import CPMANT
 from fabric_tp.architectures.huggingface.ctrl import CTRL
@@ -10,6 +11,7 @@ from fabric_tp.architectures.huggingface.granite_moe import GRANITE_MOE
 from fabric_tp.architectures.huggingface.hybrid import JAMBA, LFM2, RECURRENT_GEMMA
 from fabric_tp.architectures.huggingface.llama4 import LLAMA4
 from fabric_tp.architectures.huggingface.mamba import MAMBA, NEMOTRON_H, XLSTM
+from fabric_tp.architectures.huggingface.modernbert import MODERNBERT
 from fabric_tp.architectures.huggingface.mpt import MPT
 from fabric_tp.architectures.huggingface.multimodal import FUYU, MULTIMODAL
 from fabric_tp.architectures.huggingface.phi import PHI
@@ -18,6 +20,7 @@ from fabric_tp.architectures.huggingface.xglm import BIOGPT, XGLM
 
 __all__ = [
     "BART",
+    "BERTS",
     "BIGBIRD_PEGASUS",
     "BIOGPT",
     "BLOCK",
@@ -32,6 +35,7 @@ __all__ = [
     "LFM2",
     "LLAMA4",
     "MAMBA",
+    "MODERNBERT",
     "MPT",
     "MULTIMODAL",
     "NEMOTRON_H",

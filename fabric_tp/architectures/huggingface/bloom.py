@@ -55,5 +55,6 @@ BLOOM = Architecture(
     ),
     norm="transformer.ln_f",
     head="lm_head",
+    splits_sequence=("logits_to_keep",),
     measures_embedding=True,
 )

@@ -34,6 +34,7 @@ CPMANT = Architecture(
     ),
     norm="cpmant.encoder.output_layernorm",
     head="lm_head",
+    splits_sequence=("logits_to_keep",),
     measures_embedding=True,
     measures_output=True,
 )

@@ -34,5 +34,6 @@ CTRL = Architecture(
     ),
     norm="transformer.layernorm",
     head="lm_head",
+    splits_sequence=("logits_to_keep",),
     measures_embedding=True,
 )

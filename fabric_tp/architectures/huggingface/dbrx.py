@@ -57,6 +57,7 @@ DBRX = Architecture(
     ),
     norm="transformer.norm_f",
     head="lm_head",
+    splits_sequence=("logits_to_keep",),
     measures_embedding=True,
     balances_experts=("output_router_logits",),
 )

@@ -139,6 +139,7 @@ HUGGINGFACE = Architecture(
     head="lm_head",
     measures_embedding=True,
     balances_experts=("output_router_logits",),
+    splits_sequence=("logits_to_keep",),
     tested=tuple(
         f"transformers.models.{family.lower()}.modeling_{family.lower()}.{family}ForCausalLM"
         for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Gemma2", "Gemma3", "Olmo2")

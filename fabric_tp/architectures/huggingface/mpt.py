@@ -39,5 +39,6 @@ MPT = Architecture(
     ),
     norm="transformer.norm_f",
     head="lm_head",
+    splits_sequence=("logits_to_keep",),
     measures_embedding=True,
 )

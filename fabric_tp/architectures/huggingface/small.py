@@ -101,6 +101,8 @@ TYPES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
     "ctrl": {"dff": HIDDEN},
     "cpmant": {"dim_head": 8, "dim_ff": HIDDEN, "init_std": 0.02},
+    "big_bird": {"attention_type": "original_full"},
+    "xmod": {"default_language": "en_XX"},
 }
 """What the configs of some types need besides small sizes."""
 

@@ -1,0 +1,31 @@
+"""Modules by their paths."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def class_path(model: nn.Module) -> str:
+    """The module and the name of its class."""
+    return f"{type(model).__module__}.{type(model).__qualname__}"
+
+
+def has(module: nn.Module, path: str) -> bool:
+    """Whether there is a submodule at ``path``; litgpt's blocks hold ``None`` for a norm that they share."""
+    try:
+        return isinstance(module.get_submodule(path), nn.Module)
+    except AttributeError:
+        return False
+
+
+def children(model: nn.Module, path: str) -> dict[str, nn.Module]:
+    """The blocks by their full names."""
+    if not has(model, path):
+        return {}
+    return {f"{path}.{name}" if path else name: child for name, child in model.get_submodule(path).named_children()}
+
+
+def modules_with(model: nn.Module, *layers: tuple[str, ...]) -> list[str]:
+    """Full names of all modules that have all these layers."""
+    needed = [layer for each in layers for layer in each]
+    return [name for name, module in model.named_modules() if all(has(module, layer) for layer in needed)]
