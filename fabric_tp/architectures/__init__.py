@@ -105,7 +105,6 @@ def recognise(model: nn.Module) -> Architecture:
 
 
 __all__ = [
-    "BART",
     "BASE_MODEL",
     "FEED_FORWARD",
     "GPT_NEOX",

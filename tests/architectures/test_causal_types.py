@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import fabric_tp
-from fabric_tp.architectures import BART, Architecture, recognise
+from fabric_tp.architectures import Architecture, recognise
+from fabric_tp.architectures.huggingface import BART
 from fabric_tp.styles.attention_heads import HeadsModule
 from fabric_tp.testing.parity import TOLERANCE
 from fabric_tp.testing.ranks import mesh

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import fabric_tp
-from fabric_tp.architectures import BART, recognise
+from fabric_tp.architectures import recognise
+from fabric_tp.architectures.huggingface import BART
 from fabric_tp.parallelize.arguments import ENCODED
 from fabric_tp.testing.ranks import mesh
 from fabric_tp.testing.small import LENGTH, VOCABULARY, small_causal
