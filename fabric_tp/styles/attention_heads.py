@@ -102,7 +102,8 @@ class HeadsModule(LocalModule):
         return super().compute(*given, **kwargs)
 
     def _changed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        this, style, changed = self.parallelized, self.parallelized.style, dict[str, Any]()
+        this, style = self.parallelized, self.parallelized.style
+        changed: dict[str, Any] = {}
         if style.measures_input or style.same_input:
             first = argument(this, this.arguments[0], args, kwargs)
             if style.measures_input:

@@ -27,7 +27,7 @@ def test_equal_models_exit_with_0(forked_ranks, capsys) -> None:
         ("lora", "pythia, nothing of that name", ""),
         ("lora", "Gemma-2b, query and value", r"Gemma-2b, query and value +equal +\d\.\de-\d\d "),
         ("huggingface", "lfm2_moe", r"lfm2_moe +equal +mixers whole, \d\.\de-\d\d "),
-        ("huggingface", "bloom", r"bloom +refused +The architecture of this BloomForCausalLM is not known"),
+        ("huggingface", "jetmoe", r"jetmoe +refused +The architecture of this JetMoeForCausalLM is not known"),
     ],
 )
 def test_lines(forked_ranks, capsys, models, only, printed) -> None:
