@@ -67,6 +67,9 @@ WITH_MIXERS = {
     "rwkv": "rwkv",  # an MLP with a gate over its output
 }
 """Blocks of which something splits in no way."""
+CORE = ["gpt2", "bloom", "bert", "opt", "dbrx", "gpt_oss", "deepseek_v3", "llama4_text", "phimoe", "qwen3_next"]
+MESHES = [((1, 4), True), ((2, 2), False)]
+"""And whether the sequence is parallel: each type on one of them."""
 
 
 def build(model_type: str, **overrides: Any) -> nn.Module:
@@ -75,6 +78,7 @@ def build(model_type: str, **overrides: Any) -> nn.Module:
     return model.double() if model_type == "apertus" else model
 
 
+@pytest.mark.swept(lambda p: p["model_type"] not in CORE)
 @pytest.mark.parametrize("model_type", TYPES | WITH_MIXERS)
 def test_equals_one_device(pool, model_type) -> None:
     assert recognise(small_causal(model_type)).name == (TYPES | WITH_MIXERS)[model_type]
@@ -123,8 +127,10 @@ def test_a_norm_at_another_place_is_refused() -> None:
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize(("sizes", "sequence_parallel"), [((1, 4), True), ((2, 2), False)], ids=str)
-@pytest.mark.parametrize("model_type", TYPES | WITH_MIXERS)
+@pytest.mark.parametrize(
+    ("model_type", "sizes", "sequence_parallel"),
+    [(name, *MESHES[i % 2]) for i, name in enumerate(TYPES | WITH_MIXERS)],
+)
 def test_other_meshes(pool, model_type, sizes, sequence_parallel) -> None:
     parallelize_fn = fabric_tp.auto(sequence_parallel=sequence_parallel, replicate_attention=model_type in WITH_MIXERS)
     assert_equal(pool, partial(build, model_type), parallelize_fn, sizes)

@@ -207,6 +207,7 @@ def its_own_loss(output: tuple[Tensor, Tensor], inputs: object) -> Tensor:
     return output[1]
 
 
+@pytest.mark.swept(lambda p: p["size"] == 4)
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 def test_nanogpt(pool, size, sequence_parallel) -> None:
