@@ -9,7 +9,6 @@ from fabric_tp.architectures.architecture import (
     Experts,
     FeedForward,
     Fused,
-    HeadCounts,
     Mixer,
     Stacked,
 )
@@ -17,6 +16,7 @@ from fabric_tp.architectures.base_model import BASE_MODEL
 from fabric_tp.architectures.feed_forward import FEED_FORWARD
 from fabric_tp.architectures.gpt2 import GPT2, GPT_NEO, GPTJ
 from fabric_tp.architectures.gpt_neox import GPT_NEOX, GPT_NEOX_JAPANESE
+from fabric_tp.architectures.heads import HeadCounts
 from fabric_tp.architectures.huggingface import (
     BART,
     BERTS,

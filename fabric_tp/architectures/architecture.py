@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import nn
 
+from fabric_tp.architectures.heads import AdaptedHeads, HeadCounts
 from fabric_tp.architectures.names import children, class_path, has, modules_with
 
 Parts = Callable[[nn.Module], Mapping[str, int]]
@@ -31,28 +32,6 @@ class Fused:
     layout: FusedLayout | Callable[[nn.Module], FusedLayout]
     """No check can tell the layouts apart, since all have the same sizes; hence no default. A function, from the module
     that owns the layer, where it depends on an option."""
-
-
-@dataclass(frozen=True)
-class HeadCounts:
-    query: int
-    key_value: int
-    size: int
-    """Features of one head."""
-
-
-@dataclass(frozen=True)
-class AdaptedHeads:
-    """A low-rank adapter around a fused layer to the heads. Attributes are its own."""
-
-    changed: Callable[[nn.Module], tuple[str, ...]]
-    """From the adapter to the parts that it changes: some of "q", "k" and "v"."""
-    query_counts: tuple[str, ...] = ()
-    key_value_counts: tuple[str, ...] = ()
-    row_counts: tuple[str, ...] = ()
-    """Attributes that list the rows of each part that it changes."""
-    row_indices: tuple[str, ...] = ()
-    """Buffers with the indices of the output features that it changes."""
 
 
 @dataclass(frozen=True)

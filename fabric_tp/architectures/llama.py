@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from fabric_tp.architectures.architecture import Architecture, Attention, Block, FeedForward, Fused, HeadCounts
+from fabric_tp.architectures.architecture import Architecture, Attention, Block, FeedForward, Fused
+from fabric_tp.architectures.heads import HeadCounts
 
 
 def _counts(attention: nn.Module) -> HeadCounts:
@@ -51,9 +52,7 @@ def _fused_counts(attention: nn.Module) -> HeadCounts:
 
 
 def _qkv(attention: nn.Module) -> Mapping[str, int]:
-    counts = _fused_counts(attention)
-    keys = counts.key_value * counts.size
-    return {"q": counts.query * counts.size, "k": keys, "v": keys}
+    return _fused_counts(attention).qkv
 
 
 FUSED_LLAMA = replace(

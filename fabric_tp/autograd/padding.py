@@ -23,8 +23,8 @@ class Padding:
 
     def __init__(self) -> None:
         self._rows = 0
-        self._seen: set[int] = set()
-        self._recomputed = False
+        self._seen: set[int] = set()  # by all forwards so far: where it is one number, a recomputation needs no memory
+        self._recomputed = False  # whether it is known which forward is computed again
 
     def note(self, length: int, ranks: int) -> None:
         """A forward begins to divide a sequence of this length."""
@@ -34,7 +34,8 @@ class Padding:
 
     @property
     def rows(self) -> int:
-        """
+        """Their number.
+
         Raises:
             ValueError: Activations are computed again, not by this package, and of which forward nobody knows.
         """

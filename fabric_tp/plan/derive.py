@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fabric_tp.architectures import Architecture, Block
-from fabric_tp.architectures.architecture import AdaptedHeads
+from fabric_tp.architectures.heads import AdaptedHeads
 from fabric_tp.autograd.collectives import Layout
 from fabric_tp.plan.dropouts import check_drawn, inner_dropouts, outer_dropouts
 from fabric_tp.plan.found import (
@@ -30,7 +30,7 @@ from fabric_tp.plan.layers import (
     rowwise_styles,
     under,
 )
-from fabric_tp.plan.mixers import refuse_mixers, whole
+from fabric_tp.plan.mixers import refuse_mixers, whole_styles
 from fabric_tp.plan.modules import attribute, join
 from fabric_tp.plan.options import TransformerOptions, layout_of
 from fabric_tp.plan.plan import Plan
@@ -165,7 +165,7 @@ class _Deriver:
             plan[""] = ParallelResidual(norm, attention, feed_forward, layout, regather=options.regather)
         inner = None if norm else layout
         for mixer in found.mixers:
-            plan |= under(mixer.name, whole(mixer.every, mixer.dropouts, layout))
+            plan |= under(mixer.name, whole_styles(mixer.every, mixer.dropouts, layout))
         if found.attention:
             plan |= under(attention, self.attention(found.attention, inner))
         if found.cross_attention and self.described.cross_attention:
@@ -184,7 +184,7 @@ class _Deriver:
 
     def attention(self, found: FoundAttention, layout: Layout | None) -> Styles:
         if self.options.replicate_attention and not (self.hybrid and found.splits_over(self.size)):
-            return whole(found.every, found.dropouts.rates, layout_of(self.options), found.draws)
+            return whole_styles(found.every, found.dropouts.rates, layout_of(self.options), found.draws)
         heads = Heads(found.heads.query, found.heads.key_value)
         shared = None if heads.splits_key_value(self.size) else heads
         plan: Styles = {

@@ -55,7 +55,9 @@ def refuse_mixers(found: Mapping[str, tuple[FoundMixer, ...]]) -> None:
             )
 
 
-def whole(every: tuple[str, ...], dropouts: Iterable[str], layout: Layout, draws: bool = False) -> dict[str, Style]:
+def whole_styles(
+    every: tuple[str, ...], dropouts: Iterable[str], layout: Layout, draws: bool = False
+) -> dict[str, Style]:
     """Attention or a mixer that every rank computes; its kernels may take the parameters of the layers in it."""
     plan: dict[str, Style] = {"": (RandomUnsharded if draws else Unsharded)(layout, reads=every)}
     plan |= {name: Dropout() for name in dropouts}

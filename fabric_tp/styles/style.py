@@ -185,7 +185,8 @@ class Style(ParallelStyle):
         }
 
     def check_rounded(self, name: str, module: nn.Module, size: int) -> None:
-        """
+        """Refuse a number of ranks that is too much for what ``rounds_up``.
+
         Raises:
             ValueError: A rank would be left with nothing.
         """

@@ -5,15 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from fabric_tp.architectures.architecture import (
-    Architecture,
-    Attention,
-    Block,
-    FeedForward,
-    Fused,
-    FusedLayout,
-    HeadCounts,
-)
+from fabric_tp.architectures.architecture import Architecture, Attention, Block, FeedForward, Fused, FusedLayout
+from fabric_tp.architectures.heads import HeadCounts
 
 
 def _counts(attention: nn.Module) -> HeadCounts:
@@ -22,9 +15,7 @@ def _counts(attention: nn.Module) -> HeadCounts:
 
 
 def _qkv(attention: nn.Module) -> Mapping[str, int]:
-    counts = _counts(attention)
-    keys = counts.key_value * counts.size
-    return {"q": counts.query * counts.size, "k": keys, "v": keys}
+    return _counts(attention).qkv
 
 
 def _layout(attention: nn.Module) -> FusedLayout:

@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import nn
 
-from fabric_tp.architectures.architecture import Architecture, Attention, Block, FeedForward, HeadCounts
+from fabric_tp.architectures.architecture import Architecture, Attention, Block, FeedForward
+from fabric_tp.architectures.heads import HeadCounts
 
 
 def _counts(attention: nn.Module) -> HeadCounts:

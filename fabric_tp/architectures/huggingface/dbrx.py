@@ -3,16 +3,8 @@ from typing import Any
 
 from torch import nn
 
-from fabric_tp.architectures.architecture import (
-    Architecture,
-    Attention,
-    Block,
-    Experts,
-    FeedForward,
-    Fused,
-    HeadCounts,
-    Stacked,
-)
+from fabric_tp.architectures.architecture import Architecture, Attention, Block, Experts, FeedForward, Fused, Stacked
+from fabric_tp.architectures.heads import HeadCounts
 
 
 def _counts(attention: nn.Module) -> HeadCounts:
@@ -21,9 +13,7 @@ def _counts(attention: nn.Module) -> HeadCounts:
 
 
 def _qkv(attention: nn.Module) -> Mapping[str, int]:
-    counts = _counts(attention)
-    keys = counts.key_value * counts.size
-    return {"q": counts.query * counts.size, "k": keys, "v": keys}
+    return _counts(attention).qkv
 
 
 def _stacked(experts: nn.Module) -> Mapping[str, Stacked]:

@@ -12,10 +12,10 @@ from fabric_tp.architectures.architecture import (
     Experts,
     FeedForward,
     Fused,
-    HeadCounts,
     Mixer,
     Stacked,
 )
+from fabric_tp.architectures.heads import HeadCounts
 
 
 def _counts(attention: nn.Module) -> HeadCounts:
@@ -34,9 +34,7 @@ def _counts(attention: nn.Module) -> HeadCounts:
 
 
 def _qkv(attention: nn.Module) -> Mapping[str, int]:
-    counts = _counts(attention)
-    keys = counts.key_value * counts.size
-    return {"q": counts.query * counts.size, "k": keys, "v": keys}
+    return _counts(attention).qkv
 
 
 def _gate_and_up(feed_forward: nn.Module) -> Mapping[str, int]:

@@ -5,16 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from fabric_tp.architectures.architecture import (
-    AdaptedHeads,
-    Architecture,
-    Attention,
-    Block,
-    Experts,
-    FeedForward,
-    Fused,
-    HeadCounts,
-)
+from fabric_tp.architectures.architecture import Architecture, Attention, Block, Experts, FeedForward, Fused
+from fabric_tp.architectures.heads import AdaptedHeads, HeadCounts
 
 
 def _counts(attention: nn.Module) -> HeadCounts:
@@ -23,9 +15,7 @@ def _counts(attention: nn.Module) -> HeadCounts:
 
 
 def _qkv(attention: nn.Module) -> Mapping[str, int]:
-    config: Any = attention.config
-    keys = config.n_query_groups * config.head_size
-    return {"q": config.n_head * config.head_size, "k": keys, "v": keys}
+    return _counts(attention).qkv
 
 
 def _changed(adapter: nn.Module) -> tuple[str, ...]:
