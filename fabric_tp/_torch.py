@@ -42,6 +42,11 @@ def start_all_reduce(x: Tensor, group_name: str, op: str = "sum") -> Tensor:
     return torch.ops._c10d_functional.all_reduce(x.contiguous(), op, group_name)
 
 
+def all_to_all(x: Tensor, received: list[int], sent: list[int], group_name: str) -> Tensor:
+    """``(sum(sent), ...)``, the next ``sent[i]`` rows of it for rank i -> ``(sum(received), ...)`` in the same way."""
+    return wait(torch.ops._c10d_functional.all_to_all_single(x.contiguous(), received, sent, group_name))
+
+
 def wait(x: Tensor) -> Tensor:
     return torch.ops._c10d_functional.wait_tensor(x)
 

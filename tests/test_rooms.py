@@ -114,7 +114,7 @@ def model_names() -> set[str]:
             yield from strings(tuple(value))
         elif is_dataclass(value):
             for field in fields(value):
-                if field.name not in ("description", "lean", "adapter_base", "tested"):
+                if field.name not in ("description", "lean", "adapter_bases", "tested"):
                     yield from strings(getattr(value, field.name))
 
     words = {"", "norm", "output", "layers", "model", "attention", "mlp", "gate", "experts", "dropout", "config"}

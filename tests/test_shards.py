@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from fabric_tp.shards import copy_shard, gather_shards
-from fabric_tp.styles.style import distribute_parameter
+from fabric_tp.styles.parameters import distribute_parameter
 from fabric_tp.testing.ranks import mesh
 
 MESHES = [(1, 2), (2, 2), (4, 1)]

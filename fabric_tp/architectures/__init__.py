@@ -47,6 +47,8 @@ from fabric_tp.architectures.huggingface import (
 )
 from fabric_tp.architectures.litgpt import LITGPT
 from fabric_tp.architectures.llama import FUSED_LLAMA, LLAMA
+from fabric_tp.architectures.names import has
+from fabric_tp.architectures.wrappers import WRAPPERS, within
 
 KNOWN = (
     LITGPT,
@@ -97,6 +99,10 @@ def recognise(model: nn.Module) -> Architecture:
     for architecture in KNOWN:
         if architecture.matches(model):
             return architecture
+    for wrapper in WRAPPERS:
+        for architecture in KNOWN:
+            if architecture.block and has(model, wrapper) and architecture.matches(model.get_submodule(wrapper)):
+                return within(architecture, wrapper)
     known = "; ".join(dict.fromkeys(f"{architecture.name}: {architecture.description}" for architecture in KNOWN))
     raise ValueError(
         f"The architecture of this {type(model).__name__} is not known. Known are: {known}. For any other model write a"

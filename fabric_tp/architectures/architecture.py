@@ -232,8 +232,8 @@ class Architecture:
     feed_forward: FeedForward | None = None
     lean: str = ""
     """Where the table of the family's own lean modules is, as ``"package.module:NAME"``; torch's norms need none."""
-    adapter_base: str = "linear"
-    """What a low-rank adapter calls the linear layer that it changes."""
+    adapter_bases: tuple[str, ...] = ("linear", "base_layer")
+    """What low-rank adapters may call the linear layer that they change."""
     norm_epsilons: tuple[str, ...] = ("eps", "variance_epsilon")
     """Attributes that may hold what a norm of queries or keys adds to the mean square."""
     norm_unit_offset: str = "add_unit_offset"

@@ -13,6 +13,7 @@ reduce_scatter         reduce-scatter  all-gather
 gather_replicated      all-gather      own slice
 scatter                own slice       all-gather
 all_reduce             all-reduce      all-reduce
+whole_blocks           all-to-all      all-to-all
 =====================  ==============  ==============
 
 :func:`sum_over_ranks`, :func:`maximum_over_ranks` and :func:`stack_over_ranks` have no gradient: they are for the
@@ -100,6 +101,19 @@ def all_reduce(x: Tensor, group: Group) -> Tensor:
     return copy(reduce(x, group), group)
 
 
+def whole_blocks(x: Tensor, group: Group, dim: int, length: int, blocks: int) -> Tensor:
+    """Shards that may end within a block -> this rank's whole blocks, for a weight of which no head may be cut.
+
+    Args:
+        x: The next ``ceil(length / t)`` rows along ``dim`` on each rank, and what is left on the last.
+        group: The ranks.
+        dim: The dimension.
+        length: Of the whole.
+        blocks: Equal parts of the whole. Each rank gets the next ``ceil(blocks / t)``, and zeros after the last.
+    """
+    return x if group.size == 1 else _WholeBlocks.apply(x, dim % x.dim(), group, length, blocks)
+
+
 def sum_over_ranks(x: Tensor, group: Group) -> Tensor:
     """``(...)`` on each rank -> their sum on every rank; no gradient."""
     return x if group.size == 1 else _torch.all_reduce(x, group.name)
@@ -179,6 +193,31 @@ class _Scatter(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return start_gather(grad, ctx.dim, ctx.size, ctx.name, ctx.padding)(), None, None, None, None
+
+
+class _WholeBlocks(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: Group, length: int, blocks: int) -> Tensor:
+        ctx.dim, ctx.name = dim, group.name
+        stored, needed = -(-length // group.size), length // blocks * -(-blocks // group.size)
+        ctx.sent = _overlaps(group, stored, needed, length)
+        ctx.received = _overlaps(group, needed, stored, length)
+        y = _torch.all_to_all(x.movedim(dim, 0), ctx.received, ctx.sent, group.name)
+        zeros = y.new_zeros(needed - len(y), *y.shape[1:])
+        return torch.cat([y, zeros]).movedim(0, dim).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        own = grad.movedim(ctx.dim, 0)[: sum(ctx.received)]
+        shard = _torch.all_to_all(own, ctx.sent, ctx.received, ctx.name)
+        return shard.movedim(0, ctx.dim).contiguous(), None, None, None, None
+
+
+def _overlaps(group: Group, mine: int, theirs: int, length: int) -> list[int]:
+    """How many rows of this rank's, which has the next ``mine``, are among each other rank's next ``theirs``."""
+    first, last = (min(rank * mine, length) for rank in (group.rank, group.rank + 1))
+    ends = [min(rank * theirs, length) for rank in range(group.size + 1)]
+    return [max(0, min(last, ends[rank + 1]) - max(first, ends[rank])) for rank in range(group.size)]
 
 
 def start_gather(

@@ -135,7 +135,7 @@ def refuse_arguments(model: nn.Module, refused: Mapping[str, str]) -> None:
     signature = inspect.signature(model.forward)
 
     def refuse(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        given = signature.bind_partial(*args, **kwargs).arguments
+        given = {**signature.bind_partial(*args, **kwargs).arguments, **kwargs}
         for name, reason in refused.items():
             if given.get(name):
                 raise ValueError(f"{name}={given[name]} {reason}")

@@ -7,26 +7,22 @@ from dataclasses import dataclass
 from torch import nn
 
 from fabric_tp.architectures import Architecture, Block
-from fabric_tp.architectures.heads import AdaptedHeads
 from fabric_tp.autograd.collectives import Layout
-from fabric_tp.plan.dropouts import check_drawn, inner_dropouts, outer_dropouts
+from fabric_tp.plan.attention import attention_styles, uncut_heads
+from fabric_tp.plan.dropouts import check_drawn, outer_dropouts
 from fabric_tp.plan.found import (
     FoundAttention,
     FoundBlock,
     FoundExperts,
     FoundTransformer,
-    FusedLinear,
 )
 from fabric_tp.plan.inspection import inspect_feed_forwards, inspect_transformer
 from fabric_tp.plan.layers import (
     COLWISE,
     Styles,
-    colwise_styles,
     feed_forward_styles,
     hidden_styles,
-    layer_styles,
-    norm_of_all,
-    qk_norm,
+    replicated_styles,
     rowwise_styles,
     under,
 )
@@ -38,22 +34,15 @@ from fabric_tp.plan.stacked import readable, stacked_experts
 from fabric_tp.styles import (
     Colwise,
     Dropout,
-    FusedColwise,
     GatherOutput,
     HeadBias,
-    Heads,
     LMHead,
-    LowRankColwise,
-    LowRankFused,
     LowRankHead,
     ParallelResidual,
     PrepareInputOutput,
-    RandomHeads,
     RandomReplicated,
     Replicated,
     ScatterInput,
-    ShardHeads,
-    SharedHeads,
     VocabParallelEmbedding,
 )
 
@@ -99,7 +88,11 @@ def derive_plan(
         head = LMHead(
             before_head, regather=options.regather, loss_parallel=options.loss_parallel, fused_loss=options.fused_loss
         )
-    plan |= layer_styles(found.head, head, COLWISE)
+    if found.head.down:
+        raise ValueError(
+            f"{found.head.name}, the head, has an adapter of which no style splits the parts. Leave it out."
+        )
+    plan |= {found.head.name: head, **({found.head.base: COLWISE} if found.head.base else {})}
     for name, inner in found.whole.items():  # all ranks see the same and compute the same, random numbers included
         reads = tuple(path.removeprefix(f"{name}.") for path in inner if path != name)
         plan |= {**dict.fromkeys(inner, Replicated()), name: RandomReplicated(reads=reads)}
@@ -171,8 +164,10 @@ class _Deriver:
         if found.cross_attention and self.described.cross_attention:
             plan |= under(self.described.cross_attention.name, self.attention(found.cross_attention, layout))
         for layer in found.attention_outputs:
-            undivided = layer_styles(layer, Replicated(layout), Replicated(layout))
-            plan |= undivided if options.replicate_attention else rowwise_styles((layer,), inner)
+            if options.replicate_attention or not found.attention:
+                plan |= replicated_styles(layer, layout)
+            else:
+                plan |= rowwise_styles((layer,), inner, uncut=uncut_heads(found.attention, self.size))
         if found.experts and self.described.experts:
             plan |= under(self.described.experts.name, self.experts(found.experts))
         if not found.feed_forward:
@@ -185,38 +180,7 @@ class _Deriver:
     def attention(self, found: FoundAttention, layout: Layout | None) -> Styles:
         if self.options.replicate_attention and not (self.hybrid and found.splits_over(self.size)):
             return whole_styles(found.every, found.dropouts.rates, layout_of(self.options), found.draws)
-        heads = Heads(found.heads.query, found.heads.key_value)
-        shared = None if heads.splits_key_value(self.size) else heads
-        plan: Styles = {
-            "": (RandomHeads if found.draws else ShardHeads)(
-                heads,
-                layout,
-                query_counts=found.query_counts,
-                key_value_counts=found.key_value_counts,
-                group_sizes=found.group_sizes,
-                head_features=found.head_features,
-                per_query_head=found.per_query_head,
-                key_value_input=found.key_value_input,
-                per_head_arguments=self.described.attention.per_head_arguments,
-                measures_input=found.measures_input,
-                same_input=self.described.attention.same_input,
-                returned=found.returned,
-                returned_layout=layout_of(self.options),
-                regather=self.options.regather,
-            )
-        }
-        for fused in found.fused:
-            plan |= _fused_heads(fused, heads, shared, self.described.attention.adapted)
-        plan |= colwise_styles(found.queries)
-        for layer in found.keys_values:
-            plan |= layer_styles(layer, SharedHeads(shared, None), COLWISE) if shared else colwise_styles((layer,))
-        plan |= {norm.name: qk_norm(norm, found.heads.size, None) for norm in found.query_norms}
-        plan |= {norm.name: qk_norm(norm, found.heads.size, shared) for norm in found.key_norms}
-        plan |= {name: Replicated(partial_gradient=True) for name in found.whole}
-        plan |= {norm.name: norm_of_all(norm) for norm in found.output_norms}
-        plan |= rowwise_styles(found.outputs, layout)
-        inputs = (*found.queries, *found.keys_values)
-        return plan | inner_dropouts(found, inputs, layout, self.size)
+        return attention_styles(found, self.described.attention, self.options, layout, self.size)
 
     def experts(self, found: FoundExperts) -> Styles:
         """Every expert is split over all ranks: one gather before the router, one reduction of what all add up.
@@ -246,27 +210,3 @@ class _Deriver:
         for name, mlp in mlps.items():
             plan |= under(name, hidden_styles(mlp, None, self.size))
         return plan
-
-
-def _fused_heads(fused: FusedLinear, heads: Heads, shared: Heads | None, adapted: AdaptedHeads | None) -> Styles:
-    if fused.layout == "by_group":
-        if shared:
-            raise ValueError(
-                f"tensor_parallel_size does not divide the {heads.key_value} groups of query heads by which the rows"
-                f" of {fused.name} lie. Its divisors work; replicate_attention=True leaves the attention whole."
-            )
-        return {fused.name: LowRankColwise(None), fused.base: COLWISE} if fused.base else {fused.name: COLWISE}
-    sharing: dict[str, Heads] = {part: shared for part in ("k", "v") if shared and part in fused.parts}
-    base = FusedColwise(fused.parts, None, shared=sharing)
-    if not fused.base or adapted is None:
-        return {fused.name: base}
-    adapter = LowRankFused(
-        base,
-        fused.changed,
-        heads,
-        query_counts=adapted.query_counts,
-        key_value_counts=adapted.key_value_counts,
-        row_counts=adapted.row_counts if fused.changed else (),
-        row_indices=adapted.row_indices if fused.changed else (),
-    )
-    return {fused.name: adapter, fused.base: base}

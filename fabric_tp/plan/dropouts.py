@@ -8,7 +8,7 @@ from fabric_tp.plan.dropout_rates import Dropouts
 from fabric_tp.plan.found import FoundAttention, FoundMLP, FoundTransformer, Linear
 from fabric_tp.plan.modules import is_within
 from fabric_tp.plan.plan import Plan
-from fabric_tp.styles import Dropout, Style
+from fabric_tp.styles import Dropout, Heads, Style
 
 
 def check_drawn(found: FoundTransformer) -> None:
@@ -39,14 +39,18 @@ def outer_dropouts(architecture: Architecture, dropouts: Dropouts, layout: Layou
 
 
 def inner_dropouts(
-    found: FoundAttention | FoundMLP, inputs: tuple[Linear, ...], layout: Layout | None, size: int
+    found: FoundAttention | FoundMLP,
+    inputs: tuple[Linear, ...],
+    layout: Layout | None,
+    size: int,
+    uncut: Heads | None = None,
 ) -> dict[str, Style]:
     """Inside attention or an MLP: in adapters, on shards, and on what the row-wise layer made of them."""
     plan: dict[str, Style] = {}
     outputs = {layer.name for layer in found.outputs}
     for name, rate in found.dropouts.rates.items():
         if name in found.dropouts.in_adapters:
-            plan[name] = Dropout("features" if name.rpartition(".")[0] in outputs else "replicate")
+            plan[name] = Dropout("features" if any(is_within(name, layer) for layer in outputs) else "replicate")
             continue
         if name in found.output_dropouts:
             plan[name] = Dropout(layout or "replicate")
@@ -57,12 +61,13 @@ def inner_dropouts(
         width = found.outputs[0].out_features
         sharded = {layer.in_features for layer in found.outputs} | {layer.out_features for layer in inputs}
         sharded |= {sum(fused.parts.values()) for fused in found.fused}
-        if size == 1 or width * size not in sharded:
+        on_a_rank = {uncut.local_features(each, size) if uncut else each / size for each in sharded}
+        if size == 1 or width not in on_a_rank:
             plan[name] = Dropout("features", reduced_features=width, reduced_layout=layout or "replicate")
         elif rate > 0:
             raise ValueError(
-                f"{name} is a Dropout in a {found.class_name} whose {width * size} hidden features are {width} on"
-                f" each of {size} ranks, as many as its output has: which of both the dropout sees is unknown. Say so:"
+                f"{name} is a Dropout in a {found.class_name} whose hidden features are {width} on each"
+                f" of {size} ranks, as many as its output has: which of both the dropout sees is unknown. Say so:"
                 " plan = fabric_tp.auto().plan(model, tensor_parallel_size=1); plan[...] = fabric_tp.styles."
                 'Dropout("features"), or where it comes last "sequence", or "replicate" without sequence parallelism;'
                 " then use fabric_tp.from_plan(plan)."

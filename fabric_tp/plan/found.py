@@ -19,6 +19,9 @@ class Linear:
     out_features: int
     base: str | None
     """The layer within the adapter, if it is one."""
+    down: tuple[str, ...] = ()
+    up: tuple[str, ...] = ()
+    """The adapter's own two matrices, where they are linear layers in it, one of each for every adapter."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,9 @@ class FusedLinear:
     base: str | None
     changed: tuple[str, ...] = ()
     """Of an adapter: the parts that it changes."""
+    down: tuple[str, ...] = ()
+    up: tuple[str, ...] = ()
+    """As in :class:`Linear`."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ class FoundAttention:
 
     def splits_over(self, size: int) -> bool:
         by_group = any(fused.layout == "by_group" for fused in self.fused)
-        return (self.heads.key_value if by_group else self.heads.query) % size == 0
+        return not by_group or self.heads.key_value % size == 0 or self.heads.key_value == self.heads.query
 
 
 @dataclass(frozen=True)

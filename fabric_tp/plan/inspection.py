@@ -35,6 +35,7 @@ from fabric_tp.plan.modules import (
 )
 from fabric_tp.plan.stacked import by_holder
 from fabric_tp.styles.dropout import is_dropout
+from fabric_tp.styles.low_rank_colwise import DOWN, UP
 
 
 def inspect_transformer(architecture: Architecture, model: nn.Module) -> FoundTransformer:
@@ -186,18 +187,24 @@ class _Inspector:
     def linear(self, module: nn.Module, name: str) -> Linear:
         base = self.base(module, name)
         layer = module.get_submodule(base or name)
-        return Linear(name, *features(layer), base)
+        return Linear(name, *features(layer), base, *self.adapters(module, name, base))
 
     def fused(self, owner: Attention | FeedForward, module: nn.Module, name: str) -> FusedLinear:
         described, base = owner.fused[name], self.base(module, name)
         adapted = owner.adapted if isinstance(owner, Attention) else None
         changed = adapted.changed(module.get_submodule(name)) if adapted and base else ()
         layout = described.layout if isinstance(described.layout, str) else ask(described.layout, module)
-        return FusedLinear(name, dict(ask(described.parts, module)), layout, base, changed)
+        down, up = self.adapters(module, name, base)
+        return FusedLinear(name, dict(ask(described.parts, module)), layout, base, changed, down, up)
 
     def base(self, module: nn.Module, name: str) -> str | None:
-        path = join(name, self.architecture.adapter_base)
-        return path if has(module, path) else None
+        paths = [join(name, each) for each in self.architecture.adapter_bases]
+        return next((path for path in paths if has(module, path)), None)
+
+    def adapters(self, module: nn.Module, name: str, base: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The linear layers that go down to a low rank and up again."""
+        down, up = (tuple(children(module, join(name, each))) if base else () for each in (DOWN, UP))
+        return down, up
 
     def qk_norm(self, module: nn.Module, name: str) -> QKNorm:
         norm = module.get_submodule(name)
@@ -208,7 +215,11 @@ class _Inspector:
 
     def dropouts(self, module: nn.Module) -> Dropouts:
         rates = {name: float(each.p) for name, each in module.named_modules() if is_dropout(each)}  # type: ignore[arg-type]
-        return Dropouts(rates, frozenset(n for n in rates if "." in n and self.base(module, n.rpartition(".")[0])))
+        return Dropouts(rates, frozenset(name for name in rates if self.is_in_adapter(module, name)))
+
+    def is_in_adapter(self, module: nn.Module, name: str) -> bool:
+        outside = name.rpartition(".")[0]
+        return bool(outside) and (self.base(module, outside) is not None or self.is_in_adapter(module, outside))
 
 
 def _check_matches(architecture: Architecture, model: nn.Module) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fabric_tp.autograd.collectives import Layout
 from fabric_tp.plan.dropouts import inner_dropouts
-from fabric_tp.plan.found import FoundMLP, Linear, QKNorm
+from fabric_tp.plan.found import FoundMLP, FusedLinear, Linear, QKNorm
 from fabric_tp.plan.modules import join
 from fabric_tp.styles import (
     AllHeadsNorm,
@@ -30,15 +30,15 @@ def under(path: str, styles: Styles) -> Styles:
     return {join(path, name): style for name, style in styles.items()}
 
 
-def norm_of_all(norm: QKNorm, shared: Heads | None = None) -> AllHeadsNorm:
-    return AllHeadsNorm(norm.features, shared=shared, epsilon=norm.epsilon, unit_offset=norm.unit_offset)
+def norm_of_all(norm: QKNorm, shared: Heads | None = None, uncut: Heads | None = None) -> AllHeadsNorm:
+    return AllHeadsNorm(norm.features, shared=shared, heads=uncut, epsilon=norm.epsilon, unit_offset=norm.unit_offset)
 
 
-def qk_norm(norm: QKNorm, head_size: int, shared: Heads | None) -> Style:
+def qk_norm(norm: QKNorm, head_size: int, shared: Heads | None, uncut: Heads | None = None) -> Style:
     """The norm of single heads has a weight of their size, that of all heads together a longer one."""
     if norm.features == head_size:
         return Replicated(partial_gradient=True)
-    return norm_of_all(norm, shared)
+    return norm_of_all(norm, shared, None if shared else uncut)
 
 
 def feed_forward_styles(found: FoundMLP, layout: Layout | None, size: int, regather: bool = True) -> Styles:
@@ -66,18 +66,35 @@ def hidden_styles(found: FoundMLP, output_layout: Layout | None, size: int, colw
 def colwise_styles(layers: tuple[Linear, ...], colwise: Colwise = COLWISE) -> Styles:
     plan: Styles = {}
     for layer in layers:
-        plan |= layer_styles(layer, LowRankColwise(colwise.input_layout) if layer.base else colwise, COLWISE)
+        if layer.base:
+            plan |= adapted_colwise(layer, Colwise(None, heads=colwise.heads), colwise.input_layout)
+        else:
+            plan[layer.name] = colwise
     return plan
 
 
-def rowwise_styles(layers: tuple[Linear, ...], layout: Layout | None, takes_rows: bool = False) -> Styles:
+def rowwise_styles(
+    layers: tuple[Linear, ...], layout: Layout | None, takes_rows: bool = False, uncut: Heads | None = None
+) -> Styles:
     plan: Styles = {}
     for layer in layers:
-        style = LowRankRowwise(layout) if layer.base else Rowwise(layout, takes_rows=takes_rows)
-        plan |= layer_styles(layer, style, Rowwise(None))
+        if layer.base:
+            inner = Rowwise(None, heads=uncut)
+            plan |= {layer.name: LowRankRowwise(layout, heads=uncut), layer.base: inner}
+            plan |= dict.fromkeys(layer.down, inner) | dict.fromkeys(layer.up, Replicated(partial_gradient=True))
+        else:
+            plan[layer.name] = Rowwise(layout, takes_rows=takes_rows, heads=uncut)
     return plan
 
 
-def layer_styles(layer: Linear, style: Style, base: Style) -> Styles:
-    """A linear layer, or an adapter with the linear layer in it."""
-    return {layer.name: style, layer.base: base} if layer.base else {layer.name: style}
+def adapted_colwise(layer: Linear | FusedLinear, base: Colwise, layout: Layout | None = None) -> Styles:
+    """An adapter around a column-wise layer: what it makes is split as the layer's own output is."""
+    assert layer.base is not None
+    plan: Styles = {layer.name: LowRankColwise(layout, heads=base.uncut), layer.base: base}
+    return plan | dict.fromkeys(layer.down, Replicated(partial_gradient=True)) | dict.fromkeys(layer.up, base)
+
+
+def replicated_styles(layer: Linear, layout: Layout) -> Styles:
+    """A linear layer, or an adapter with all that is in it."""
+    names = [layer.name, *([layer.base] if layer.base else []), *layer.down, *layer.up]
+    return dict.fromkeys(names, Replicated(layout))

@@ -50,8 +50,8 @@ def refuse_mixers(found: Mapping[str, tuple[FoundMixer, ...]]) -> None:
         for mixer in mixers:
             raise CannotSplit(
                 f"{block}.{mixer.name}, a {mixer.class_name}, cannot be split over ranks. replicate_attention=True"
-                " computes it, and others like it, whole on every rank, and splits all else: attention where the"
-                " number of ranks divides its heads, MLPs, experts, embedding and head."
+                " computes it, and others like it, whole on every rank, and splits all else: attention, MLPs, experts,"
+                " embedding and head."
             )
 
 

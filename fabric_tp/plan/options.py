@@ -23,9 +23,9 @@ class TransformerOptions:
     """The head leaves the logits to :func:`fabric_tp.cross_entropy`, which computes them a chunk at a time together
     with the loss, so that they are never whole. Anything else that looks at them gets them."""
     replicate_attention: bool = False
-    """Every rank computes the whole attention, for models whose heads cannot be divided; everything else is sharded. In
-    models where convolutions, state spaces or linear attention stand in for attention, these are computed whole, which
-    they need this for, and attention itself only where the number of ranks does not divide its heads."""
+    """Every rank computes the whole attention; everything else is sharded. In models where convolutions, state spaces
+    or linear attention stand in for attention, these are computed whole, which they need this for, and attention itself
+    is split."""
 
     lean: bool = True
     """Compute norms, activations and attention so that less is kept for the backward, where that is exactly equivalent

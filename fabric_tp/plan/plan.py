@@ -20,8 +20,8 @@ from torch.distributed.tensor.parallel import (
 
 from fabric_tp.autograd.padding import Padding
 from fabric_tp.styles import Style
-from fabric_tp.styles.attention_heads import HEADS
-from fabric_tp.styles.style import LocalModule, own_parameters
+from fabric_tp.styles.parameters import own_parameters
+from fabric_tp.styles.style import LocalModule
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
@@ -93,7 +93,7 @@ def _check_overlap(matched: Mapping[str, list[tuple[str, nn.Module]]]) -> None:
 
 
 def _check_sizes(divided: Mapping[str, Mapping[str, int]], tensor_parallel_size: int) -> None:
-    for name, numbers in sorted(divided.items(), key=lambda item: HEADS not in item[1]):  # what people know comes first
+    for name, numbers in divided.items():
         wrong = {what: number for what, number in numbers.items() if number % tensor_parallel_size}
         if wrong:
             common = math.gcd(*(number for numbers in divided.values() for number in numbers.values()))
@@ -101,7 +101,7 @@ def _check_sizes(divided: Mapping[str, Mapping[str, int]], tensor_parallel_size:
             shown = ", ".join(f"{what}={number}" for what, number in wrong.items())
             raise ValueError(
                 f"tensor_parallel_size={tensor_parallel_size} does not divide {shown} of {name or 'the model'}. Each"
-                f" rank must get whole heads and equal shards; the sizes that work for this model are {works}."
+                f" rank must get equal shards; the sizes that work for this model are {works}."
             )
 
 

@@ -28,7 +28,7 @@ def table(
     counts: dict[str, tuple[int, int]] = {}
     for pattern, modules in resolve(plan, model):
         style, (_, module) = plan[pattern], modules[0]
-        forward, backward = style.collectives() if isinstance(style, Style) else ("?", "?")
+        forward, backward = _collectives(style, module, tensor_parallel_size)
         label = f"{pattern or '(the model)'} x {len(modules)}" if len(modules) > 1 else pattern or "(the model)"
         first = (label, type(style).__name__)
         shapes = dict(_shapes(style, module, tensor_parallel_size))
@@ -49,6 +49,16 @@ def table(
     per_rank = math.ceil(rank_total / data_parallel_size)
     text = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
     return f"{text}\n{whole_total:,} parameters, about {per_rank:,} of them on each rank\n"
+
+
+def _collectives(style: ParallelStyle, module: nn.Module, size: int) -> tuple[str, str]:
+    if not isinstance(style, Style):
+        return "?", "?"
+    splits = any(isinstance(placement, Shard) for placement in style.placements(module).values())
+    if not splits or not style.uncut or style.uncut.splits_evenly(size):
+        return style.collectives()
+    forward, backward = (f"{each} + all-to-all".removeprefix(" + ") for each in style.collectives())
+    return forward, backward
 
 
 def _shapes(

@@ -6,12 +6,13 @@ and what has a gradient that is a partial sum on each rank. Tests read them, and
 """
 
 from fabric_tp.autograd.collectives import Layout
-from fabric_tp.styles.attention_heads import Heads, ShardHeads
+from fabric_tp.styles.attention_heads import ShardHeads
 from fabric_tp.styles.colwise import Colwise
 from fabric_tp.styles.dropout import Dropout
 from fabric_tp.styles.fused_colwise import FusedColwise
 from fabric_tp.styles.gather_output import GatherOutput
 from fabric_tp.styles.head_bias import HeadBias
+from fabric_tp.styles.heads import Heads
 from fabric_tp.styles.lm_head import LMHead
 from fabric_tp.styles.low_rank_colwise import LowRankColwise
 from fabric_tp.styles.low_rank_fused import LowRankFused

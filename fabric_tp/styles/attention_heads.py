@@ -4,75 +4,21 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from fabric_tp.autograd.collectives import Group, Layout
+from fabric_tp.autograd.collectives import Layout
 from fabric_tp.autograd.collectives import copy as copy_to_ranks
+from fabric_tp.styles.heads import Heads
 from fabric_tp.styles.layout import enter_sharded
 from fabric_tp.styles.prepare_input import PrepareInput
 from fabric_tp.styles.stand_in import stand_in
 from fabric_tp.styles.style import LocalModule, Parallelized
-
-HEADS = "query heads"
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Query heads and the key and value heads that groups of them share, over the tensor-parallel ranks.
-
-    Query heads are split evenly and in order. Key and value heads are split too if the number of ranks divides theirs.
-    Otherwise each rank takes those that its query heads need: each as often as it takes for all groups on the rank to
-    have the same size, which is once unless groups straddle ranks.
-
-    Args:
-        query: Query heads of the whole module.
-        key_value: Key and value heads of the whole module.
-
-    Example::
-
-        heads = Heads(query=8, key_value=2)
-        assert [heads.key_value_heads(4, rank) for rank in range(4)] == [[0], [0], [1], [1]]
-    """
-
-    query: int
-    key_value: int
-
-    def splits_key_value(self, size: int) -> bool:
-        return self.key_value % size == 0
-
-    def local_query(self, size: int) -> int:
-        return self.query // size
-
-    def group_size(self, size: int) -> int:
-        """Query heads to each key and value head on a rank."""
-        per_group = self.query // self.key_value
-        return per_group if self.splits_key_value(size) else math.gcd(per_group, self.local_query(size))
-
-    def local_key_value(self, size: int) -> int:
-        return self.local_query(size) // self.group_size(size)
-
-    def key_value_heads(self, size: int, rank: int) -> list[int]:
-        """The key and value heads of a rank, in the order in which its query heads need them."""
-        first = rank * self.local_query(size)
-        starts = range(first, first + self.local_query(size), self.group_size(size))
-        return [start // (self.query // self.key_value) for start in starts]
-
-    def select(self, whole: Tensor, group: Group, dim: int = 0) -> Tensor:
-        """The features of this rank's key and value heads, of those of all, which lie along ``dim``."""
-        chosen = self.key_value_heads(group.size, group.rank)
-        by_head = whole.unflatten(dim, (self.key_value, -1))
-        if chosen == list(range(chosen[0], chosen[-1] + 1)):
-            return by_head.narrow(dim, chosen[0], len(chosen)).flatten(dim, dim + 1)
-        return by_head.index_select(dim, torch.tensor(chosen, device=whole.device)).flatten(dim, dim + 1)
 
 
 class HeadsModule(LocalModule):
@@ -107,7 +53,7 @@ class HeadsModule(LocalModule):
         if style.measures_input or style.same_input:
             first = argument(this, this.arguments[0], args, kwargs)
             if style.measures_input:
-                first = stand_in(first, first.shape[-1] // this.group.size)
+                first = stand_in(first, style.heads.local_features(first.shape[-1], this.group.size))
             changed = dict.fromkeys((this.arguments[0], *style.same_input), first)
         for name in style.per_head_arguments:
             changed[name] = style.own_heads(this, argument(this, name, args, kwargs))
@@ -127,7 +73,7 @@ class ShardHeads(PrepareInput):
     """An attention module that computes with this rank's heads only.
 
     Args:
-        heads: Of the module. The number of ranks must divide the query heads.
+        heads: Of the module.
         input_layout: As in :class:`PrepareInput`.
         query_counts: The attributes that count query heads, as paths from the module (``"n_heads"``,
             ``"config.n_head"``). An object on the way, such as a shared config, is copied and never changed.
@@ -157,8 +103,7 @@ class ShardHeads(PrepareInput):
     ===============  ===========  =========  ==========  ==========================  ==========
 
     Raises:
-        ValueError: The number of ranks does not divide the query heads; an argument of ``same_input`` is another
-            tensor.
+        ValueError: An argument of ``same_input`` is another tensor.
 
     Example::
 
@@ -190,7 +135,7 @@ class ShardHeads(PrepareInput):
         regather: bool = True,
     ) -> None:
         super().__init__(input_layout, regather=regather)
-        self.heads = heads
+        self.heads = self.uncut = heads
         self.query_counts, self.key_value_counts, self.group_sizes = query_counts, key_value_counts, group_sizes
         self.head_features, self.per_query_head = head_features, per_query_head
         self.key_value_input = key_value_input
@@ -211,11 +156,7 @@ class ShardHeads(PrepareInput):
         if of_all.shape[-3] % self.heads.query:
             return of_all
         by_head = copy_to_ranks(of_all, this.group).unflatten(-3, (-1, self.heads.query))
-        count = self.heads.local_query(this.group.size)
-        return by_head.narrow(-3, this.group.rank * count, count).flatten(-4, -3)
-
-    def divided(self, module: nn.Module) -> Mapping[str, int]:
-        return {HEADS: self.heads.query}
+        return self.heads.own(by_head, this.group, -3).flatten(-4, -3)
 
     def validate(self, module: nn.Module) -> None:
         if self.key_value_input and self.key_value_input not in inspect.signature(module.forward).parameters:
@@ -226,7 +167,9 @@ class ShardHeads(PrepareInput):
         local = dict.fromkeys(self.query_counts, self.heads.local_query(size))
         local |= dict.fromkeys(self.key_value_counts, self.heads.local_key_value(size))
         local |= dict.fromkeys(self.group_sizes, self.heads.group_size(size))
-        local |= {path: operator.attrgetter(path)(module) // size for path in self.head_features}
+        local |= {
+            path: self.heads.local_features(operator.attrgetter(path)(module), size) for path in self.head_features
+        }
         set_attributes(module, local)
 
 

@@ -7,9 +7,11 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from fabric_tp.autograd.collectives import Layout
+from fabric_tp.styles.heads import Heads
 from fabric_tp.styles.layout import enter_sharded, entering
+from fabric_tp.styles.parameters import output_dim, own_parameters
 from fabric_tp.styles.stand_in import whole
-from fabric_tp.styles.style import Parallelized, Style, output_dim, own_parameters
+from fabric_tp.styles.style import Parallelized, Style
 
 
 class Colwise(Style):
@@ -25,6 +27,9 @@ class Colwise(Style):
             the input. Otherwise the gathered input is kept.
         takes_rows: The input may also be tokens in a row, (b * s/t, h) for x and (b * s, f/t) for y, of all ranks one
             after the other; then a :class:`Rowwise` that says the same must follow.
+        heads: The output features are those of its query heads, of which the number of ranks need not divide how many
+            there are. Each rank stores its even part of the weight, and computes ``ceil(n / t)`` whole heads: an
+            all-to-all of rows in the forward, and one of their gradients in the backward.
 
     ===============  =========  ===========  ========  ===========  ==========  ==========================  ==========
     input_layout     regather   x            weight    y            forward     backward                    gradient
@@ -36,7 +41,7 @@ class Colwise(Style):
     ===============  =========  ===========  ========  ===========  ==========  ==========================  ==========
 
     Raises:
-        ValueError: The number of ranks does not divide the output features.
+        ValueError: The number of ranks does not divide the output features, or these are not those of ``heads``.
 
     Example::
 
@@ -44,11 +49,17 @@ class Colwise(Style):
     """
 
     def __init__(
-        self, input_layout: Layout | None = "replicate", *, regather: bool = True, takes_rows: bool = False
+        self,
+        input_layout: Layout | None = "replicate",
+        *,
+        regather: bool = True,
+        takes_rows: bool = False,
+        heads: Heads | None = None,
     ) -> None:
         self.input_layout = input_layout
         self.regather = regather
         self.takes_rows = takes_rows
+        self.heads = self.uncut = heads
 
     def placements(self, module: nn.Module) -> Mapping[str, Placement]:
         places: dict[str, Placement] = {"weight": Shard(output_dim(module)), "bias": Shard(0)}

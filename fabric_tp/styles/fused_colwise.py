@@ -12,16 +12,10 @@ from torch.distributed.tensor.placement_types import Placement
 from fabric_tp.architectures.linear import features
 from fabric_tp.autograd.collectives import Group, Layout
 from fabric_tp.autograd.linear import linear
-from fabric_tp.styles.attention_heads import Heads
 from fabric_tp.styles.colwise import Colwise
-from fabric_tp.styles.style import (
-    LocalModule,
-    Parallelized,
-    check_linear,
-    distribute_parameter,
-    output_dim,
-    own_parameters,
-)
+from fabric_tp.styles.heads import Heads
+from fabric_tp.styles.parameters import check_linear, distribute_parameter, output_dim, own_parameters
+from fabric_tp.styles.style import LocalModule, Parallelized
 
 
 class FusedModule(LocalModule):
@@ -51,9 +45,11 @@ class FusedRows(FusedModule):
     parallelized: Parallelized[FusedColwise]
 
     def localize(self, name: str, local: Tensor) -> Tensor:
-        heads = self.parallelized.style.shared.get(name.split(".")[0])
         this = self.parallelized
-        return heads.select(local, this.group, this.output_dim(local)) if heads else local
+        shared = this.style.shared.get(name.split(".")[0])
+        if shared is None:
+            return super().localize(name, local)
+        return shared.select(local, this.group, this.output_dim(local))
 
 
 class _FusedLinear(FusedRows):
@@ -77,6 +73,7 @@ class FusedColwise(Colwise):
         input_layout: As in :class:`Colwise`.
         shared: Parts that are keys or values of fewer heads than there are ranks; as in :class:`SharedHeads`, they are
             whole on every rank.
+        heads: As in :class:`Colwise`, of each part that is not shared.
         regather: As in :class:`Colwise`.
 
     With f for the features of all parts together:
@@ -106,9 +103,10 @@ class FusedColwise(Colwise):
         input_layout: Layout | None = "replicate",
         *,
         shared: Mapping[str, Heads] | None = None,
+        heads: Heads | None = None,
         regather: bool = True,
     ) -> None:
-        super().__init__(input_layout, regather=regather)
+        super().__init__(input_layout, regather=regather, heads=heads)
         self.parts = dict(parts)
         self.shared = dict(shared or {})
 
@@ -123,7 +121,7 @@ class FusedColwise(Colwise):
             raise ValueError(f"The parts {self.parts} do not add up to the {outputs} output features.")
 
     def divided(self, module: nn.Module) -> Mapping[str, int]:
-        return {part: rows for part, rows in self.parts.items() if part not in self.shared}
+        return {} if self.uncut else {part: rows for part, rows in self.parts.items() if part not in self.shared}
 
     def placements(self, module: nn.Module) -> Mapping[str, Placement]:
         names = self.fused(module)
@@ -150,7 +148,11 @@ class FusedColwise(Colwise):
 
     def local_rows(self, group: Group) -> dict[str, int]:
         """Rows of each part that a rank computes."""
-        rows = {part: whole // group.size for part, whole in self.parts.items()}
+
+        def own(rows: int) -> int:
+            return self.uncut.local_features(rows, group.size) if self.uncut else rows // group.size
+
+        rows = {part: own(whole) for part, whole in self.parts.items()}
         for part, heads in self.shared.items():
             rows[part] = self.parts[part] // heads.key_value * heads.local_key_value(group.size)
         return rows

@@ -8,7 +8,8 @@ from torch.distributed.tensor.placement_types import Placement
 
 from fabric_tp.autograd.collectives import SEQUENCE_DIM, gather_replicated
 from fabric_tp.styles.layout import padding_of
-from fabric_tp.styles.style import Parallelized, Style, own_parameters
+from fabric_tp.styles.parameters import own_parameters
+from fabric_tp.styles.style import Parallelized, Style
 
 
 class GatherOutput(Style):

@@ -15,7 +15,8 @@ from torch.distributed.tensor.placement_types import Placement
 
 from fabric_tp.autograd.collectives import Layout
 from fabric_tp.styles.colwise import Colwise
-from fabric_tp.styles.style import own_parameters
+from fabric_tp.styles.heads import Heads
+from fabric_tp.styles.parameters import own_parameters
 
 DOWN, UP = "lora_A", "lora_B"
 
@@ -27,6 +28,7 @@ class LowRankColwise(Colwise):
 
     Args:
         input_layout: As in :class:`Colwise`.
+        heads: As in :class:`Colwise`.
 
     ===============  ===========  ======  ========  ===========  ==========  ==============  ==================
     input_layout     x            lora_A  lora_B    y            forward     backward        gradient
@@ -44,8 +46,8 @@ class LowRankColwise(Colwise):
         plan = {"mlp.up": LowRankColwise(), "mlp.up.linear": Colwise(None)}
     """
 
-    def __init__(self, input_layout: Layout | None = "replicate") -> None:
-        super().__init__(input_layout, regather=False)
+    def __init__(self, input_layout: Layout | None = "replicate", *, heads: Heads | None = None) -> None:
+        super().__init__(input_layout, regather=False, heads=heads)
 
     def placements(self, module: nn.Module) -> Mapping[str, Placement]:
         return low_rank_placements(module, down=Replicate(), up=Shard(0))

@@ -8,10 +8,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.placement_types import Placement
 
-from fabric_tp.styles.attention_heads import Heads, set_attributes
+from fabric_tp.styles.attention_heads import set_attributes
 from fabric_tp.styles.fused_colwise import FusedColwise, FusedRows
+from fabric_tp.styles.heads import Heads
 from fabric_tp.styles.low_rank_colwise import DOWN, UP
-from fabric_tp.styles.style import Held, Parallelized, distribute_parameter, own_parameters
+from fabric_tp.styles.parameters import distribute_parameter, own_parameters
+from fabric_tp.styles.style import Held, Parallelized
 
 
 class _LowRankFused(FusedRows):
@@ -56,6 +58,7 @@ class LowRankFused(FusedColwise):
     """
 
     module_class = _LowRankFused
+    heads: Heads
 
     def __init__(
         self,
@@ -71,6 +74,7 @@ class LowRankFused(FusedColwise):
         parts = {part: rows for part, rows in base.parts.items() if part in changed}
         super().__init__(parts, None, shared={p: h for p, h in base.shared.items() if p in changed})
         self.base, self.changed, self.heads = base, changed, heads
+        self.uncut = base.uncut
         self.query_counts, self.key_value_counts = query_counts, key_value_counts
         self.row_counts, self.row_indices = row_counts, row_indices
 

@@ -7,9 +7,11 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from fabric_tp.autograd.collectives import Layout
+from fabric_tp.styles.heads import Heads
 from fabric_tp.styles.layout import leave_sharded, leaving
 from fabric_tp.styles.low_rank_colwise import UP, low_rank_placements
-from fabric_tp.styles.style import Parallelized, Style, own_parameters
+from fabric_tp.styles.parameters import own_parameters
+from fabric_tp.styles.style import Parallelized, Style
 
 
 class LowRankRowwise(Style):
@@ -19,6 +21,7 @@ class LowRankRowwise(Style):
 
     Args:
         output_layout: As in :class:`Rowwise`.
+        heads: As in :class:`Rowwise`.
 
     ===============  ===========  ========  ======  =================  ==============  ==========  ===============
     output_layout    x            lora_A    lora_B  y                  forward         backward    gradient
@@ -36,8 +39,9 @@ class LowRankRowwise(Style):
         plan = {"mlp.down": LowRankRowwise(), "mlp.down.linear": Rowwise(None)}
     """
 
-    def __init__(self, output_layout: Layout | None = "replicate") -> None:
+    def __init__(self, output_layout: Layout | None = "replicate", *, heads: Heads | None = None) -> None:
         self.output_layout = output_layout
+        self.heads = self.uncut = heads
 
     def placements(self, module: nn.Module) -> Mapping[str, Placement]:
         return low_rank_placements(module, down=Shard(1), up=Replicate())

@@ -12,8 +12,9 @@ from torch.distributed.tensor.placement_types import Placement
 from fabric_tp import _torch
 from fabric_tp.autograd.collectives import all_reduce
 from fabric_tp.autograd.kept_reductions import reduction
-from fabric_tp.styles.attention_heads import Heads
-from fabric_tp.styles.style import LocalModule, Parallelized, Style, own_parameters
+from fabric_tp.styles.heads import Heads
+from fabric_tp.styles.parameters import own_parameters
+from fabric_tp.styles.style import LocalModule, Parallelized, Style
 
 
 class _AllHeadsNorm(LocalModule):
@@ -22,7 +23,7 @@ class _AllHeadsNorm(LocalModule):
 
     def localize(self, name: str, local: Tensor) -> Tensor:
         shared = self.parallelized.style.shared
-        return shared.select(local, self.parallelized.group) if shared else local
+        return shared.select(local, self.parallelized.group) if shared else super().localize(name, local)
 
     def compute(self, x: Tensor) -> Tensor:
         style, group = self.parallelized.style, self.parallelized.group
@@ -42,6 +43,7 @@ class AllHeadsNorm(Style):
     Args:
         features: Of all heads together.
         shared: The heads, if these are keys of fewer heads than there are ranks (:class:`SharedHeads`).
+        heads: As in :class:`Colwise`.
         epsilon: Added to the mean square; the module's ``eps`` by default.
         unit_offset: Multiply with ``1 + weight``.
 
@@ -63,10 +65,16 @@ class AllHeadsNorm(Style):
     module_class = _AllHeadsNorm
 
     def __init__(
-        self, features: int, *, shared: Heads | None = None, epsilon: float | None = None, unit_offset: bool = False
+        self,
+        features: int,
+        *,
+        shared: Heads | None = None,
+        heads: Heads | None = None,
+        epsilon: float | None = None,
+        unit_offset: bool = False,
     ) -> None:
         self.features = features
-        self.shared = shared
+        self.shared, self.heads, self.uncut = shared, heads, heads
         self.epsilon, self.unit_offset = epsilon, unit_offset
 
     def validate(self, module: nn.Module) -> None:

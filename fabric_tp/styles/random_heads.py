@@ -27,8 +27,7 @@ class RandomHeads(ShardHeads):
     ===============  ===========  =========  ==========  ==========================  ==========
 
     Raises:
-        ValueError: The number of ranks does not divide the query heads; when it is called in training: nobody told it
-            the seed.
+        ValueError: When it is called in training: nobody told it the seed.
 
     Example::
 

@@ -7,7 +7,8 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.placement_types import Placement
 
 from fabric_tp.autograd.collectives import Layout
-from fabric_tp.styles.style import Style, own_parameters
+from fabric_tp.styles.parameters import own_parameters
+from fabric_tp.styles.style import Style
 
 
 class Replicated(Style):

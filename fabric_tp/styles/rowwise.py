@@ -10,8 +10,10 @@ from torch.distributed.tensor.placement_types import Placement
 from fabric_tp.autograd.collectives import Layout
 from fabric_tp.autograd.kept_reductions import reduction
 from fabric_tp.autograd.linear import linear
+from fabric_tp.styles.heads import Heads
 from fabric_tp.styles.layout import leaving, summed
-from fabric_tp.styles.style import LocalModule, Parallelized, Style, check_linear, output_dim, own_parameters
+from fabric_tp.styles.parameters import check_linear, output_dim, own_parameters
+from fabric_tp.styles.style import LocalModule, Parallelized, Style
 
 
 class _RowwiseLinear(LocalModule):
@@ -45,6 +47,7 @@ class Rowwise(Style):
         output_layout: ``"replicate"``: the whole output on every rank. ``"sequence"``: each rank its part of the
             sequence. ``None``: the output stays a partial sum, for a module around this one to sum.
         takes_rows: As in :class:`Colwise`: (b * s, f/t) for x, (b * s/t, h) for y.
+        heads: As in :class:`Colwise`, of the input features.
 
     ===============  ===========  ========  =================  ==============  ==========  =============
     output_layout    x            weight    y                  forward         backward    gradient
@@ -64,9 +67,16 @@ class Rowwise(Style):
 
     module_class = _RowwiseLinear
 
-    def __init__(self, output_layout: Layout | None = "replicate", *, takes_rows: bool = False) -> None:
+    def __init__(
+        self,
+        output_layout: Layout | None = "replicate",
+        *,
+        takes_rows: bool = False,
+        heads: Heads | None = None,
+    ) -> None:
         self.output_layout = output_layout
         self.takes_rows = takes_rows
+        self.heads = self.uncut = heads
 
     def validate(self, module: nn.Module) -> None:
         check_linear("Rowwise", module)

@@ -7,9 +7,10 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.placement_types import Placement
 
 from fabric_tp.autograd.collectives import Layout
-from fabric_tp.styles.attention_heads import Heads
 from fabric_tp.styles.colwise import Colwise
-from fabric_tp.styles.style import LocalModule, Parallelized, own_parameters
+from fabric_tp.styles.heads import Heads
+from fabric_tp.styles.parameters import own_parameters
+from fabric_tp.styles.style import LocalModule, Parallelized
 
 
 class _SharedHeadsLinear(LocalModule):
@@ -46,6 +47,7 @@ class SharedHeads(Colwise):
     """
 
     module_class = _SharedHeadsLinear
+    heads: Heads
 
     def __init__(self, heads: Heads, input_layout: Layout | None = "replicate", *, regather: bool = True) -> None:
         super().__init__(input_layout, regather=regather)

@@ -11,7 +11,8 @@ from torch.distributed.tensor.placement_types import Placement
 
 from fabric_tp.autograd.concatenation import Concatenation
 from fabric_tp.styles.fused_colwise import FusedModule
-from fabric_tp.styles.style import Parallelized, Style, distribute_parameter
+from fabric_tp.styles.parameters import distribute_parameter
+from fabric_tp.styles.style import Parallelized, Style
 
 
 class _StackedExperts(FusedModule):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -18,6 +18,8 @@ from fabric_tp.architectures.linear import Storage, storage
 from fabric_tp.autograd.collectives import Group
 from fabric_tp.autograd.linear import linear
 from fabric_tp.autograd.padding import Padding
+from fabric_tp.styles.heads import Heads
+from fabric_tp.styles.parameters import distribute_parameter
 
 StyleOf = TypeVar("StyleOf", bound="Style")
 
@@ -42,6 +44,8 @@ class Parallelized(Generic[StyleOf]):
     sum_is_deferred: bool = False
     """Somebody sums the partial gradients later, so they leave labelled as what they will then be."""
     grad_placements: dict[str, list[Placement]] = field(default_factory=dict)
+    shapes: Mapping[str, torch.Size] = field(default_factory=dict)
+    """Of the whole parameters."""
     padding: Padding | None = None
     """Of the model; None where torch's ``parallelize_module`` applied the style, which knows no model."""
 
@@ -119,7 +123,11 @@ class LocalModule(nn.Module):
 
     def localize(self, name: str, local: Tensor) -> Tensor:
         """What of a parameter, as this rank stores it, the forward is to see."""
-        return local
+        this, heads = self.parallelized, self.parallelized.style.uncut
+        placement = this.grad_placements[name][0]
+        if heads is None or not isinstance(placement, Shard):
+            return local
+        return heads.complete(local, this.group, placement.dim, this.shapes[name][placement.dim])
 
     def compute(self, *args: Any, **kwargs: Any) -> Any:
         this = self.parallelized
@@ -149,9 +157,13 @@ class Style(ParallelStyle):
     """
 
     module_class: ClassVar[type[LocalModule]] = LocalModule
-    rounds_up: ClassVar[bool] = False
+    rounds_up: bool = False
     """Each rank has the next ``ceil(n / t)`` of what is split, and the last one what is left, which must be something.
     Otherwise the number of ranks must divide it."""
+
+    uncut: Heads | None = None
+    """Heads whose features are split, where the number of ranks need not divide them: what a rank stores may end within
+    a head, and the forward exchanges rows so that it computes with whole ones."""
 
     reads: tuple[str, ...] = ()
     """Modules inside, with a style of their own, whose parameters the forward of this one may read itself."""
@@ -174,7 +186,7 @@ class Style(ParallelStyle):
 
     def divided(self, module: nn.Module) -> Mapping[str, int]:
         """What the number of tensor-parallel ranks must divide, by a name for the error message."""
-        return {} if self.rounds_up else self.split_sizes(module)
+        return {} if self.rounds_up or self.uncut else self.split_sizes(module)
 
     def split_sizes(self, module: nn.Module) -> Mapping[str, int]:
         """The sizes of the parameters that are split, by a name for the error message."""
@@ -185,13 +197,15 @@ class Style(ParallelStyle):
         }
 
     def check_rounded(self, name: str, module: nn.Module, size: int) -> None:
-        """Refuse a number of ranks that is too much for what ``rounds_up``.
+        """Refuse a number of ranks that is too much for what is rounded up.
 
         Raises:
-            ValueError: A rank would be left with nothing.
+            ValueError: A rank would be left with nothing; or the features that are split are not those of the heads.
         """
-        for what, number in self.split_sizes(module).items() if self.rounds_up else ():
-            if -(-number // size) * (size - 1) >= number:
+        for what, number in self.split_sizes(module).items() if self.rounds_up or self.uncut else ():
+            if self.uncut and number % self.uncut.query:
+                raise ValueError(f"{what}={number} of {name} are not the features of {self.uncut.query} heads.")
+            if self.rounds_up and -(-number // size) * (size - 1) >= number:
                 raise ValueError(
                     f"tensor_parallel_size={size} is too much for {what}={number} of {name}: {-(-number // size)} on"
                     f" each rank leave nothing for the last."
@@ -229,6 +243,7 @@ class Style(ParallelStyle):
         this = Parallelized(self, device_mesh, group, *_first_parameter(module), arguments, storage(module))
         this.partial = self.partial(module) if group.size > 1 else frozenset()
         places = self.placements(module).items()
+        this.shapes = self.shapes(module)
         this.grad_placements = {name: [Partial() if name in this.partial else place] for name, place in places}
         self.shard(module, device_mesh)
         self.prepare(module, this)
@@ -260,40 +275,8 @@ def mixed(mixin: type[nn.Module], cls: type) -> type:
     return _mixed[mixin, cls]
 
 
-def distribute_parameter(parameter: nn.Parameter, placement: Placement, mesh: DeviceMesh) -> nn.Parameter:
-    """This rank's part of ``parameter`` as a DTensor; it shares no memory with the whole, which can be freed."""
-    local: Tensor = parameter.detach()
-    if isinstance(placement, Shard):
-        local = local.chunk(mesh.size(), placement.dim)[mesh.get_local_rank()]
-    if not local.is_meta:
-        local = local.to(mesh.device_type)
-    if local.untyped_storage().nbytes() != local.numel() * local.element_size() or not local.is_contiguous():
-        local = local.clone(memory_format=torch.contiguous_format)
-    shape = parameter.shape
-    stride = torch.empty(shape, device="meta").stride()
-    whole = DTensor.from_local(local, mesh, [placement], run_check=False, shape=shape, stride=stride)
-    return nn.Parameter(whole, requires_grad=parameter.requires_grad)
-
-
 def check_divisible(name: str, divided: Mapping[str, int], size: int) -> None:
     wrong = {what: number for what, number in divided.items() if number % size}
     if wrong:
         numbers = ", ".join(f"{what}={number}" for what, number in wrong.items())
         raise ValueError(f"tensor_parallel_size={size} does not divide {numbers} of {name}.")
-
-
-def check_linear(style: str, module: nn.Module) -> None:
-    """Raise ValueError for a module whose forward is not known to be that of a linear layer."""
-    if storage(module) is None:
-        raise ValueError(f"{style} takes a torch.nn.Linear, and this is a {type(module).__name__}.")
-
-
-def output_dim(module: nn.Module) -> int:
-    """The dimension of a linear layer's weight that its output features lie along."""
-    this = getattr(module, "parallelized", None)
-    return 1 if (this.storage if this else storage(module)) == "inputs_first" else 0
-
-
-def own_parameters(module: nn.Module) -> Iterator[str]:
-    """Names of the parameters that the module holds itself."""
-    return (name for name, parameter in module._parameters.items() if parameter is not None)

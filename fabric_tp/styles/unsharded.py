@@ -9,7 +9,8 @@ from torch.distributed.tensor.placement_types import Placement
 
 from fabric_tp.autograd.collectives import SEQUENCE_DIM, Layout, gather_replicated, scatter
 from fabric_tp.styles.layout import padding_of
-from fabric_tp.styles.style import LocalModule, Parallelized, Style, own_parameters
+from fabric_tp.styles.parameters import own_parameters
+from fabric_tp.styles.style import LocalModule, Parallelized, Style
 
 
 class Unsharded(Style):

@@ -34,9 +34,9 @@ def small_gpt(config: Any) -> nn.Module:
     return randomize(litgpt.small_gpt(config))
 
 
-def small_lora(name: str, adapted: str) -> nn.Module:
+def small_lora(name: str, adapted: str, **overrides: Any) -> nn.Module:
     """A ``litgpt.lora.GPT`` of which only the adapters are to be trained; ``adapted`` is a key of ``LORA``."""
-    return randomize(litgpt.small_lora(name, adapted))
+    return randomize(litgpt.small_lora(name, adapted, **overrides))
 
 
 def small_transformers(name: str, **overrides: Any) -> nn.Module:

@@ -93,7 +93,7 @@ def test_names_of_others_with_mixers(model_type, name) -> None:
     fabric_tp.auto(replicate_attention=True).check(model, tensor_parallel_size=2)
 
 
-def test_attention_that_does_not_split_beside_mixers(pool) -> None:
+def test_heads_that_ranks_do_not_divide_beside_mixers(pool) -> None:
     model = partial(small_causal, "minimax", hidden_size=48, num_attention_heads=3, num_key_value_heads=1)
     assert_equal(pool, model, fabric_tp.auto(replicate_attention=True), (1, 2))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from fabric_tp.shards import gather_shards
 from fabric_tp.testing.parity import TOLERANCE, Report, compare
 from fabric_tp.testing.ranks import mesh
 from fabric_tp.testing.small import randomize
+from tests.architectures.example_llama import LightningTransformer, PyTorchTransformer
 from tests.architectures.hand_written import PADDING, FastLlama, LlamaForCausalLM, NanoGPT, causal_and_padding
 from tests.parity import assert_equal, differences_of
 
@@ -223,3 +225,19 @@ def test_nanogpt(pool, size, sequence_parallel) -> None:
 def test_fused_llama(pool, size) -> None:
     assert recognise(build_fast()).name == "fused_llama"
     assert_equal(pool, build_fast, fabric_tp.auto(), (1, size))
+
+
+def build_example(cls: type[nn.Module], **options: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return randomize(cls(VOCABULARY, **options))
+
+
+@pytest.mark.swept(lambda p: p["sizes"] == (1, 4))
+@pytest.mark.parametrize("sizes", [(2, 2), (1, 4)], ids=str)
+@pytest.mark.parametrize("cls", [PyTorchTransformer, LightningTransformer])
+def test_the_llamas_of_the_examples(pool, cls, sizes) -> None:
+    build_model = partial(build_example, cls)
+    assert recognise(build_model()).name == "llama"
+    tokens = torch.randint(VOCABULARY, (4, LENGTH), generator=torch.Generator().manual_seed(0))
+    assert_equal(pool, build_model, fabric_tp.auto(), sizes, inputs=tokens, steps=3)

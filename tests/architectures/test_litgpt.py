@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from litgpt import GPT, Config, adapter, adapter_v2
+from litgpt import adapter, adapter_v2
 from torch import nn
 
 import fabric_tp
@@ -175,17 +175,6 @@ def test_tied_embeddings_have_one_optimizer_state(pool, sizes) -> None:
 
 
 # What is refused.
-
-
-@pytest.mark.parametrize(
-    ("name", "number", "sizes"),
-    [("falcon-7b", 71, "1, 71"), ("SmolLM2-135M", 9, "1, 3"), ("Qwen2.5-0.5B", 14, "1, 2")],
-)
-def test_refuses_heads_that_cannot_be_divided(name, number, sizes) -> None:
-    with torch.device("meta"):
-        model = GPT(Config.from_name(name, n_layer=1))
-    with pytest.raises(ValueError, match=rf"=4 does not divide query heads={number} of .*that work .* are {sizes}\.$"):
-        fabric_tp.litgpt().check(model, tensor_parallel_size=4)
 
 
 @pytest.mark.parametrize(

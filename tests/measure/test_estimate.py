@@ -171,7 +171,7 @@ def test_the_config_of_others_stays_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tensor_parallel_size": 3}, "the sizes that work"),
+        ({"tensor_parallel_size": 7}, "the sizes that work"),
         ({"data_parallel_size": 0}, "data_parallel_size=0"),
         ({"precision": "16-true"}, "precision='16-true'"),
     ],

@@ -13,7 +13,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 import fabric_tp
 from fabric_tp.plan import resolve
-from fabric_tp.styles import Colwise, Replicated, Rowwise, SharedHeads, VocabParallelEmbedding
+from fabric_tp.styles import Colwise, Heads, Replicated, Rowwise, SharedHeads, VocabParallelEmbedding
 from fabric_tp.testing.ranks import mesh
 from tests.models import VOCABULARY, FeedForward, build
 
@@ -25,14 +25,18 @@ def assert_refused(*messages: str, model: nn.Module, size: int, parallelize: fab
     assert all(message in str(error.value) for message in messages), str(error.value)
 
 
-def test_heads_not_divisible() -> None:
-    messages = ("tensor_parallel_size=3", "query heads=8", "transformer.h.0.attn", "are 1, 2, 4, 8.")
-    assert_refused(*messages, model=build("Llama-3-8B"), size=3, parallelize=fabric_tp.litgpt())
+def test_query_heads_need_not_be_divisible() -> None:
+    plan = fabric_tp.llama().plan(build("llama"), tensor_parallel_size=16)
+    assert {name: style.heads for name, style in plan.items() if getattr(style, "heads", None)} == dict.fromkeys(
+        ["layers.*.attention", *(f"layers.*.attention.w{name}" for name in "qkvo")], Heads(8, 4)
+    )
 
 
-def test_heads_in_metas_names_not_divisible() -> None:
-    messages = ("tensor_parallel_size=16", "query heads=8", "layers.0.attention", "are 1, 2, 4, 8.")
-    assert_refused(*messages, model=build("llama"), size=16, parallelize=fabric_tp.llama())
+def test_features_of_other_heads_are_refused() -> None:
+    plan: dict[str, ParallelStyle] = {"w1": Colwise(heads=Heads(5, 5)), "w2": Rowwise(heads=Heads(5, 5))}
+    message = r"weight\.shape\[0\]=128 of w1 are not the features of 5 heads\."
+    with pytest.raises(ValueError, match=message):
+        fabric_tp.from_plan(plan).check(FeedForward(64, 128), tensor_parallel_size=2)
 
 
 def test_key_and_value_heads_are_shared_by_more_ranks() -> None:

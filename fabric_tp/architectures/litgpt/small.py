@@ -96,9 +96,9 @@ def small_gpt(config: Config) -> nn.Module:
     return model
 
 
-def small_lora(name: str, adapted: str) -> nn.Module:
+def small_lora(name: str, adapted: str, **overrides: Any) -> nn.Module:
     """A ``litgpt.lora.GPT`` of which only the adapters are to be trained; ``adapted`` is a key of ``LORA``."""
-    config = small_config(name, lora.Config, lora_r=4, **LORA[adapted])
+    config = small_config(name, lora.Config, lora_r=4, **{**LORA[adapted], **overrides})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = lora.GPT(config)
