@@ -11,11 +11,14 @@ def class_path(model: nn.Module) -> str:
 
 
 def has(module: nn.Module, path: str) -> bool:
-    """Whether there is a submodule at ``path``; litgpt's blocks hold ``None`` for a norm that they share."""
-    try:
-        return isinstance(module.get_submodule(path), nn.Module)
-    except AttributeError:
-        return False
+    """Whether there is a submodule at ``path``, and by that name: PEFT's models answer to those of the one in them.
+
+    litgpt's blocks hold ``None`` for a norm that they share.
+    """
+    found: nn.Module | None = module
+    for name in path.split(".") if path else ():
+        found = found._modules.get(name) if found is not None else None
+    return found is not None
 
 
 def children(model: nn.Module, path: str) -> dict[str, nn.Module]:

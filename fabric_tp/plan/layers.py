@@ -56,7 +56,9 @@ def _gated(found: FoundMLP, layout: Layout, size: int) -> Styles:
 
 def hidden_styles(found: FoundMLP, output_layout: Layout | None, size: int, colwise: Colwise = COLWISE) -> Styles:
     plan = colwise_styles(found.inputs, colwise)
-    plan |= {fused.name: FusedColwise(fused.parts, None) for fused in found.fused}
+    for fused in found.fused:
+        style = FusedColwise(fused.parts, None)
+        plan |= adapted_colwise(fused, style) if fused.base else {fused.name: style}
     plan |= {norm.name: norm_of_all(norm) for norm in found.norms}
     plan |= rowwise_styles(found.outputs, output_layout, found.takes_rows)
     plan |= {name: Replicated(partial_gradient=True) for name in found.whole}

@@ -97,7 +97,8 @@ def _check_sizes(divided: Mapping[str, Mapping[str, int]], tensor_parallel_size:
         wrong = {what: number for what, number in numbers.items() if number % tensor_parallel_size}
         if wrong:
             common = math.gcd(*(number for numbers in divided.values() for number in numbers.values()))
-            works = ", ".join(str(size) for size in range(1, common + 1) if common % size == 0)
+            sizes = [str(size) for size in range(1, common + 1) if common % size == 0]
+            works = ", ".join([*sizes[:12], "..."] if len(sizes) > 12 else sizes)
             shown = ", ".join(f"{what}={number}" for what, number in wrong.items())
             raise ValueError(
                 f"tensor_parallel_size={tensor_parallel_size} does not divide {shown} of {name or 'the model'}. Each"
