@@ -27,6 +27,7 @@ from fabric_tp.testing.small import (
     small_inputs,
     small_lora,
 )
+from fabric_tp.testing.tp_plan import left_whole
 
 Models = Literal["litgpt", "lora", "huggingface"]
 
@@ -49,7 +50,8 @@ def main(
         models: "litgpt": each of its configs. "lora": litgpt.lora.GPT, one config of each structure, with every layer
             adapted and with queries and values only. "huggingface": each type of causal language model that the
             installed Transformers knows. Those that are not built, or do not run, small are not compared. Those that
-            are refused without replicate_attention are compared with it: "mixers whole".
+            are refused without replicate_attention are compared with it: "mixers whole". Where Transformers' own
+            tp_plan splits something that fabric_tp leaves whole, the line says what.
         tensor_parallel_size: Ranks that share the model.
         data_parallel_size: Ranks that share the batch.
         sequence_parallel: As in fabric_tp.auto.
@@ -111,7 +113,9 @@ def _verdict(
     except AssertionError as error:
         return "DIFFERENT", str(error).strip().splitlines()[-1]
     worst, off = report.worst
-    return ("equal" if report.equal else "DIFFERENT"), f"{off:.1e} {worst}"
+    whole = left_whole(parallelize_fn.plan(model, tensor_parallel_size=sizes[1]), model)
+    more = f"; whole, and split by its tp_plan: {', '.join(whole)}" if whole else ""
+    return ("equal" if report.equal else "DIFFERENT"), f"{off:.1e} {worst}{more}"
 
 
 def _first_line(error: Exception) -> str:
