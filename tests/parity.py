@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +40,18 @@ def assert_parity(name: str, factory: str, options: dict[str, Any], sizes: tuple
     assert report.equal, str(report)
 
 
+PARTITIONED = "aot_eager_decomp_partition"
+"""Compiles as torch's default backend does, up to where that generates code and has it compiled."""
+
+
+def compiled_by(backend: str, function: Callable[..., Any], *args: Any) -> Any:
+    """On a rank: what the function compiles is compiled so, and as if for the first time."""
+    torch.compiler.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+        return function(*args)
+
+
 def differences_of(
     pool: Callable[[int], Ranks],
     build_model: Callable[[], nn.Module],
@@ -47,12 +60,14 @@ def differences_of(
     *,
     inputs: Any = None,
     steps: int = 1,
+    backend: str = "",
     break_model: Callable[[nn.Module], None] | None = None,
 ) -> dict[str, float]:
     """Of any model, called on the side of the tests."""
     tokens = torch.randint(VOCABULARY, (2 * sizes[0], LENGTH), generator=torch.Generator().manual_seed(0))
+    run = partial(compiled_by, backend, compare) if backend else compare
     return pool(sizes[0] * sizes[1])(
-        compare,
+        run,
         build_model,
         parallelize_fn,
         tokens if inputs is None else inputs,

@@ -69,14 +69,31 @@ def on_device(device: torch.device, model: nn.Module) -> Iterator[None]:
             parameter.data = data
 
 
-def without_memory(model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
-    """A copy to be made under fake tensors, with other floating-point numbers if ``dtype`` is given."""
+def without_memory(
+    model: nn.Module, device: torch.device, dtype: torch.dtype | None = None, without: Sequence[nn.Module] = ()
+) -> nn.Module:
+    """A copy to be made under fake tensors, with other floating-point numbers if ``dtype`` is given.
+
+    Those ``without`` which it is made are missing in their containers; all others keep their names.
+    """
+    containers = [module for module in model.modules() if any(child in without for child in module._modules.values())]
+    held = [(container, container._modules) for container in containers]
+    for container, modules in held:
+        container._modules = {name: None if child in without else child for name, child in modules.items()}
+    try:
+        return copy.deepcopy(model, _emptied(model, device, dtype))
+    finally:
+        for container, modules in held:
+            container._modules = modules
+
+
+def _emptied(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> dict[int, Any]:
+    """For the copy: what stands for each tensor of the model."""
     states = [each for module in model.modules() for each in vars(module).values() if isinstance(each, torch.Tensor)]
-    tensors = [*model.parameters(), *model.buffers(), *states]  # RecurrentGemma keeps the last forward's states
     memo: dict[int, Any] = {}
-    for tensor in tensors:
+    for tensor in (*model.parameters(), *model.buffers(), *states):  # RecurrentGemma keeps the last forward's states
         other = dtype if tensor.is_floating_point() and dtype else tensor.dtype
         empty = torch.empty(tensor.shape, dtype=other, device=device)
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
-    return copy.deepcopy(model, memo)
+    return memo

@@ -10,7 +10,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,26 +19,25 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
 
 from fabric_tp import _torch
 from fabric_tp._torch import FakeTensor
 from fabric_tp.loss.deferred import DeferredLogits
 from fabric_tp.mesh import TENSOR_PARALLEL, device_of, fake_mesh, fake_tensors
-from fabric_tp.parallelize.arguments import needed_arguments, sample_arguments
-from fabric_tp.parallelize.draws import Draw, Draws, Place, check_draws
+from fabric_tp.parallelize.draws import Place, check_draws
 from fabric_tp.parallelize.excerpt import (
-    attributes_kept,
-    in_mode,
-    on_device,
     one_of_each_kind,
     with_only,
     without_memory,
 )
+from fabric_tp.parallelize.expected import CannotRun, Expected, expect, run
 from fabric_tp.parallelize.layouts import Shapes, check_layouts
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 """Of the largest value. Sums in another order stay far below, and a wrong split comes out far above."""
+
+DTYPES = (None, torch.bfloat16)
+"""The model's own, and the only one in which grouped matrix products have a form without memory."""
 
 HINT = (
     "In the attention, replicate_attention=True helps. Otherwise describe the model by an Architecture of your own"
@@ -47,24 +45,6 @@ HINT = (
 )
 
 PACKAGES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
-
-
-class CannotRun(Exception):
-    """No arguments could be made up with which the whole model runs."""
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What the whole model gave, and to what."""
-
-    arguments: dict[str, Any]
-    blocks: list[nn.Module]
-    """One of each kind, as they were; all that ran."""
-    outputs: dict[str, Tensor]
-    """By the names of modules, in the order in which they ran; the model's own last, as ``""``."""
-    shapes: Shapes
-    draws: list[Draw]
-    """What is drawn in training."""
 
 
 @contextmanager
@@ -85,12 +65,12 @@ def verified(
     """
     has_values = not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
     try:
-        try:
-            verify_shapes(model, blocks, divide, mesh)
-        except CannotRun:  # some operations have no form without memory
-            if not has_values:
-                raise
         expected = expect(model, blocks, mesh.size(), device_of(mesh)) if has_values else None
+        if expected is None:
+            verify_shapes(model, blocks, divide, mesh)
+        elif not _runs_divided(model, blocks, expected, divide, mesh):
+            with suppress(CannotRun):  # some operations have no form without memory
+                verify_shapes(model, blocks, divide, mesh)
     except CannotRun as error:
         message = f"Whether this {type(model).__name__} is parallelized right could not be verified: {error}."
         if must:
@@ -100,6 +80,26 @@ def verified(
     yield
     if expected:
         compare(model, expected, mesh)
+
+
+def _runs_divided(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    expected: Expected,
+    divide: Callable[[nn.Module], object],
+    mesh: DeviceMesh,
+) -> bool:
+    """Whether a divided copy without memory runs; if not, :func:`verify_shapes` finds out whose fault that is."""
+    with fake_tensors(), _torch.silent_fake_tensors():
+        for dtype in DTYPES:
+            others = [block for block in blocks if block not in expected.blocks]
+            fake = without_memory(model, torch.device(mesh.device_type), dtype, others)
+            whole = expected.without_memory(model, fake, dtype)
+            divide(fake)
+            with suppress(ValueError):
+                compare(fake, whole, mesh)
+                return True
+    return False
 
 
 def verify_without_ranks(
@@ -126,11 +126,13 @@ def verify_shapes(
         ValueError: The divided copy cannot run.
         CannotRun: Nor can the whole model, with any arguments that were tried.
     """
-    names = [name for name, module in model.named_modules() if any(module is block for block in blocks)]
+    chosen = one_of_each_kind(blocks)
+    others = [block for block in blocks if block not in chosen]
+    names = [name for name, module in model.named_modules() if module in chosen]
     with fake_tensors(), _torch.silent_fake_tensors():
         device = torch.device(mesh.device_type)
-        for dtype in (None, torch.bfloat16):  # in which alone grouped matrix products have a form without memory
-            fake = without_memory(model, device, dtype)
+        for dtype in DTYPES:
+            fake = without_memory(model, device, dtype, others)
             fake_blocks = [fake.get_submodule(name) for name in names]
             try:
                 expected = expect(fake, fake_blocks, mesh.size(), device)
@@ -140,25 +142,6 @@ def verify_shapes(
                 continue
             divide(fake)
             return compare(fake, expected, mesh)
-
-
-def expect(model: nn.Module, blocks: Sequence[nn.Module], size: int, device: torch.device) -> Expected:
-    """Run the whole model on a small input, of a length that ``size`` ranks divide.
-
-    Raises:
-        CannotRun: It runs with none of the arguments that were tried.
-    """
-    chosen, errors = one_of_each_kind(blocks), []
-    for arguments in sample_arguments(model, size, device):
-        shapes: Shapes = {}
-        try:
-            with with_only(chosen, model), on_device(device, model):
-                outputs = _run(model, chosen, arguments, shapes)
-                return Expected(arguments, chosen, outputs, shapes, _draws(model, chosen, arguments, device))
-        except Exception as error:
-            errors.append(f"{type(error).__name__}: {error}".splitlines()[0])
-    needed = ", ".join(needed_arguments(model))
-    raise CannotRun(f"its forward takes {needed}" + (f" and ends in {errors[-1]}" if errors else ""))
 
 
 def compare(model: nn.Module, expected: Expected, mesh: DeviceMesh) -> None:
@@ -172,7 +155,7 @@ def compare(model: nn.Module, expected: Expected, mesh: DeviceMesh) -> None:
     shapes: Shapes = {}
     try:
         with with_only(expected.blocks, model):
-            outputs = _run(model, expected.blocks, expected.arguments, shapes, at)
+            outputs = run(model, expected.blocks, expected.arguments, shapes, at)
     except Exception as error:
         name, module = at[-1] if at else ("", model)
         raise ValueError(
@@ -193,58 +176,6 @@ def compare(model: nn.Module, expected: Expected, mesh: DeviceMesh) -> None:
                 f"{name or 'The model'} gives something else on {mesh.size()} ranks than on one device: {each:.1e} off,"
                 f" relative to its largest value. It computes something that its description does not say. {HINT}"
             )
-
-
-def _run(
-    model: nn.Module,
-    chosen: list[nn.Module],
-    arguments: dict[str, Any],
-    shapes: Shapes,
-    at: Place | None = None,
-    training: bool = False,
-) -> dict[str, Tensor]:
-    """Outputs of the chosen modules and of the model; ``shapes`` gets those of all modules' outputs.
-
-    On an error ``at`` ends with the module that it happened in.
-    """
-    outputs: dict[str, Tensor] = {}
-    at = [] if at is None else at
-    names = {module: name for name, module in model.named_modules()}
-
-    def enter(module: nn.Module, args: object) -> None:
-        at.append((names.get(module, ""), module))
-
-    def leave(module: nn.Module, args: object, output: Any) -> None:
-        at.pop()
-        leaf = next((each for each in tree_leaves(output) if isinstance(each, Tensor)), None)
-        if leaf is not None:
-            shapes[module] = leaf.shape
-        if module in chosen:
-            outputs.setdefault(names[module], first_tensor(output))
-
-    with attributes_kept(model), in_mode(model, training), torch.no_grad():
-        hooks = [module.register_forward_pre_hook(enter, prepend=True) for module in model.modules()]
-        hooks += [module.register_forward_hook(leave) for module in model.modules()]
-        try:
-            output = model(**arguments)
-        finally:
-            for hook in hooks:
-                hook.remove()
-    return {**outputs, "": first_tensor(output)}
-
-
-def _draws(model: nn.Module, chosen: list[nn.Module], arguments: dict[str, Any], device: torch.device) -> list[Draw]:
-    at: Place = []
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), Draws(at) as draws, suppress(Exception):  # training may need other arguments
-        _run(model, chosen, arguments, {}, at, training=True)
-    return draws.found
-
-
-def first_tensor(output: Any) -> Tensor:
-    """The logits, first of all that a model returns."""
-    logits = getattr(output, "logits", None)
-    return logits if logits is not None else next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
 
 
 def _off(output: Any, whole: Tensor, mesh: DeviceMesh) -> float:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fabric_tp.loss import cross_entropy
 from fabric_tp.loss.deferred import DeferredLogits
-from fabric_tp.parallelize.verification import first_tensor
+from fabric_tp.parallelize.expected import first_tensor
 from fabric_tp.shards import gather_shards
 from fabric_tp.styles.fused_colwise import FusedPart, fused_parameters
 from fabric_tp.testing.ranks import Ranks, mesh

@@ -17,7 +17,7 @@ from fabric_tp.testing.parity import TOLERANCE
 from fabric_tp.testing.ranks import mesh
 from fabric_tp.testing.small import names, small_causal, small_config, small_gpt, small_lora
 from tests.architectures.test_litgpt import LATENT, heads
-from tests.parity import assert_equal, differences_of
+from tests.parity import PARTITIONED, assert_equal, differences_of
 from tests.styles.dropout_runs import train, worst
 
 LITGPT: dict[str, tuple[str, dict[str, Any]]] = {
@@ -71,7 +71,7 @@ def test_lora(pool, adapted) -> None:
 
 def test_compiled(pool) -> None:
     model = partial(small_gpt, small_config("Llama-2-7b-hf", **heads(3, 3)))
-    assert_equal(pool, model, fabric_tp.litgpt(compile=True), (1, 2))
+    assert_equal(pool, model, fabric_tp.litgpt(compile=True), (1, 2), backend=PARTITIONED)
 
 
 def test_masks_are_those_of_one_rank(pool) -> None:

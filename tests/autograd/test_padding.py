@@ -19,7 +19,7 @@ from fabric_tp.testing.parity import TOLERANCE
 from fabric_tp.testing.ranks import mesh
 from fabric_tp.testing.small import small_causal, small_config, small_gpt
 from tests.models import VOCABULARY
-from tests.parity import assert_equal, differences_of
+from tests.parity import PARTITIONED, assert_equal, differences_of
 
 
 def tokens(length: int, rows: int = 2) -> torch.Tensor:
@@ -62,9 +62,8 @@ def test_other_meshes(pool, sizes, length) -> None:
 @pytest.mark.sweep
 @pytest.mark.parametrize("kind", ["none", "full"])
 def test_compiled(pool, kind) -> None:
-    pool(2)(torch.compiler.reset)
     parallelize_fn = fabric_tp.auto(compile=True, activation_checkpointing=kind)
-    assert_equal(pool, gpt("Llama-3-8B"), parallelize_fn, (1, 2), inputs=tokens(15))
+    assert_equal(pool, gpt("Llama-3-8B"), parallelize_fn, (1, 2), inputs=tokens(15), backend=PARTITIONED)
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import fabric_tp
 from tests.architectures.test_litgpt import built
 from tests.measure.test_memory_of_blocks import kept
-from tests.parity import assert_equal
+from tests.parity import PARTITIONED, assert_equal
 
 RANKS, LENGTH, WIDTH = 8, 512, 512
 
@@ -61,6 +61,12 @@ def test_a_block_is_one_graph(mesh, monkeypatch, name, options) -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.fixture
+def partitioned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept is chosen as it is by default, and no code is generated for it."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=PARTITIONED))
+
+
 def kept_per_layer(mesh: DeviceMesh, **options: Any) -> float:
     """In multiples of s*b*h/t bytes, of a model in bf16."""
     parallelize = fabric_tp.litgpt(**options)
@@ -68,13 +74,14 @@ def kept_per_layer(mesh: DeviceMesh, **options: Any) -> float:
     return (three - one) / 2 / (LENGTH * WIDTH / RANKS)
 
 
-def test_all_blocks_share_one_graph(mesh) -> None:
+def test_all_blocks_share_one_graph(mesh, monkeypatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     before = counters["stats"]["unique_graphs"]
     fabric_tp.litgpt(compile=True)(gpt("Llama-3-8B", 12), mesh)(torch.zeros(1, LENGTH, dtype=torch.int64))
     assert counters["stats"]["unique_graphs"] - before == 1
 
 
-def test_keeps_what_it_keeps_uncompiled(mesh) -> None:
+def test_keeps_what_it_keeps_uncompiled(mesh, partitioned) -> None:
     eager = kept_per_layer(mesh)
     assert kept_per_layer(mesh, compile=True) == eager
     assert kept_per_layer(mesh, compile=True, regather=False) == eager + 4 * RANKS  # two gathered inputs of 2 bytes
@@ -87,7 +94,7 @@ def test_keeps_what_it_keeps_uncompiled(mesh) -> None:
         ("selective", 2 + 2 + 4 * 32 / WIDTH + 2),  # attention's result with a number for each head; its reduction's
     ],
 )
-def test_activation_checkpointing(mesh, caplog, kind, multiple) -> None:
+def test_activation_checkpointing(mesh, partitioned, caplog, kind, multiple) -> None:
     kept = kept_per_layer(mesh, compile=True, activation_checkpointing=kind)
     random_state = torch.get_rng_state().nbytes / (LENGTH * WIDTH / RANKS)
     assert kept == pytest.approx(multiple, abs=random_state)
@@ -105,5 +112,5 @@ def test_activation_checkpointing(mesh, caplog, kind, multiple) -> None:
     ],
 )
 def test_equals_one_device(pool, structure, kind, sizes) -> None:
-    pool(sizes[0] * sizes[1])(torch.compiler.reset)
-    assert_equal(pool, built(structure), fabric_tp.litgpt(compile=True, activation_checkpointing=kind), sizes)
+    parallelize_fn = fabric_tp.litgpt(compile=True, activation_checkpointing=kind)
+    assert_equal(pool, built(structure), parallelize_fn, sizes, backend=PARTITIONED)

@@ -20,6 +20,7 @@ from fabric_tp.testing.parity import TOLERANCE, _gradients
 from fabric_tp.testing.ranks import mesh
 from tests.models import LENGTH, VOCABULARY, build
 from tests.parallelize.test_unchanged import backward, copy_parameters
+from tests.parity import PARTITIONED, compiled_by
 from tests.plan.test_derive import LLAMA_KEYS
 
 Sizes = tuple[int, int]
@@ -103,7 +104,6 @@ def test_blocks_of_torchs_styles_are_not_compiled_one_by_one() -> None:
 
 
 def compiled_as_a_whole() -> float:
-    torch.compiler.reset()
     reference = build("feed_forward")
     model = fabric_tp.from_plan(MIXED["torch's"], compile=True)(copy.deepcopy(reference), mesh(1, 2))
     x = torch.randn(2, LENGTH, 64, generator=torch.Generator().manual_seed(0))
@@ -113,7 +113,7 @@ def compiled_as_a_whole() -> float:
 
 
 def test_torchs_styles_compiled_as_a_whole(pool) -> None:
-    assert pool(2)(compiled_as_a_whole) <= TOLERANCE
+    assert pool(2)(compiled_by, PARTITIONED, compiled_as_a_whole) <= TOLERANCE
 
 
 def patterns(plan: Mapping[str, ParallelStyle]) -> set[str]:

@@ -15,7 +15,19 @@ BART = replace(
     dropout_rates=("model.decoder.dropout", "model.decoder.layerdrop"),
 )
 
-TROCR = replace(BART, name="trocr", description="a Transformers TrOCR", head="output_projection")
+assert BART.block is not None
+assert BART.block.cross_attention is not None
+TROCR = replace(
+    BART,
+    name="trocr",
+    description="a Transformers TrOCR",
+    block=replace(
+        BART.block,
+        attention=replace(BART.block.attention, measures_input=lambda attention: True),
+        cross_attention=replace(BART.block.cross_attention, measures_input=lambda attention: True),
+    ),
+    head="output_projection",
+)
 
 WHISPER = replace(BART, name="whisper", description="a Transformers Whisper", head="proj_out")
 
