@@ -69,8 +69,8 @@ WITH_MIXERS = {
 }
 """Blocks of which something splits in no way."""
 CORE = ["gpt2", "bloom", "bert", "opt", "dbrx", "gpt_oss", "deepseek_v3", "llama4_text", "phimoe", "qwen3_next"]
-MESHES = [((1, 4), True), ((2, 2), False)]
-"""And whether the sequence is parallel: each type on one of them."""
+MESHES = [((1, 4), True), ((2, 2), False), ((1, 2), True)]
+"""And whether the sequence is parallel: each type on one of them, and those of ``CORE`` on the last as well."""
 
 
 def build(model_type: str, **overrides: Any) -> nn.Module:
@@ -79,10 +79,13 @@ def build(model_type: str, **overrides: Any) -> nn.Module:
     return model.double() if model_type == "apertus" else model
 
 
-@pytest.mark.swept(lambda p: p["model_type"] not in CORE)
 @pytest.mark.parametrize("model_type", TYPES | WITH_MIXERS)
-def test_equals_one_device(pool, model_type) -> None:
+def test_is_recognised(model_type) -> None:
     assert recognise(small_causal(model_type)).name == (TYPES | WITH_MIXERS)[model_type]
+
+
+@pytest.mark.parametrize("model_type", CORE)
+def test_equals_one_device(pool, model_type) -> None:
     parallelize_fn = fabric_tp.auto(replicate_attention=model_type in WITH_MIXERS)
     assert_equal(pool, partial(build, model_type), parallelize_fn, (1, 2))
 
@@ -130,9 +133,13 @@ def test_a_norm_at_another_place_is_refused() -> None:
 @pytest.mark.sweep
 @pytest.mark.parametrize(
     ("model_type", "sizes", "sequence_parallel"),
-    [(name, *MESHES[i % 2]) for i, name in enumerate(TYPES | WITH_MIXERS)],
+    [
+        *((name, *MESHES[i % 2]) for i, name in enumerate(CORE)),
+        *((name, *MESHES[i % 3]) for i, name in enumerate(TYPES | WITH_MIXERS) if name not in CORE),
+    ],
 )
-def test_other_meshes(pool, model_type, sizes, sequence_parallel) -> None:
+def test_in_turn_on_all_meshes(pool, model_type, sizes, sequence_parallel) -> None:
+    """``python -m fabric_tp.testing huggingface`` has all types on any mesh."""
     parallelize_fn = fabric_tp.auto(sequence_parallel=sequence_parallel, replicate_attention=model_type in WITH_MIXERS)
     assert_equal(pool, partial(build, model_type), parallelize_fn, sizes)
 

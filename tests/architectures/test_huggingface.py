@@ -17,13 +17,19 @@ from fabric_tp.testing.parity import TOLERANCE
 from fabric_tp.testing.small import TRANSFORMERS, small_transformers
 from tests.parity import assert_equal, differences_of
 
+MESHES = [(1, 4), (2, 2)]
 FAMILIES = [name for name in TRANSFORMERS if name != "Mixtral"]
 
 
-@pytest.mark.swept(lambda p: p["sizes"] == (1, 4) or (p["sizes"] == (2, 2) and p["name"] != "Gemma3"))
-@pytest.mark.parametrize("sizes", [(1, 2), (1, 4), (2, 2)], ids=str)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_family(pool, name, sizes) -> None:
+def test_family(pool, name) -> None:
+    assert_equal(pool, partial(small_transformers, name), fabric_tp.auto(), (1, 2))
+
+
+@pytest.mark.swept(lambda p: p["name"] != "Gemma3")
+@pytest.mark.parametrize(("name", "sizes"), [(name, MESHES[i % 2]) for i, name in enumerate(FAMILIES)])
+def test_family_on_four_ranks(pool, name, sizes) -> None:
+    """Each on one mesh; ``python -m fabric_tp.testing huggingface --tensor_parallel_size 4`` has all types."""
     assert_equal(pool, partial(small_transformers, name), fabric_tp.auto(), sizes)
 
 

@@ -72,25 +72,38 @@ def built(structure: str) -> partial[nn.Module]:
     return partial(small_gpt, small_config(name, **overrides))
 
 
-@pytest.mark.swept(lambda p: p["sizes"] == (1, 4))
-@pytest.mark.parametrize("sizes", [(1, 2), (1, 4)], ids=str)
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_structure(pool, structure, sizes) -> None:
-    assert_equal(pool, built(structure), fabric_tp.litgpt(), sizes)
+def test_structure(pool, structure) -> None:
+    assert_equal(pool, built(structure), fabric_tp.litgpt(), (1, 2))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(
+    "structure",
+    [
+        "two key and value heads",
+        "groups across ranks",
+        "norms of one key head",
+        "norms of all heads",
+        "norms of key heads across ranks",
+        "parallel residual",
+        "shared experts, grouped router, a dense layer",
+        "latent attention and experts",
+    ],
+)
+def test_structure_on_four_ranks(pool, structure) -> None:
+    """Those that lie otherwise there; ``python -m fabric_tp.testing litgpt --tensor_parallel_size 4`` has all."""
+    assert_equal(pool, built(structure), fabric_tp.litgpt(), (1, 4))
 
 
 @pytest.mark.swept(lambda p: p["structure"] != "experts")
 @pytest.mark.parametrize(
     "structure",
     [
-        "one key and value head, scaled embeddings",
         "norms of one key head",
         "norms of all heads",
-        "biases of queries, keys and values",
         "softcapping, sliding window, post-norms",
-        "parallel residual, biases",
         "parallel residual, shared norm, biases, head bias",
-        "norms without parameters",
         "experts",
         "latent attention and experts",
     ],
@@ -99,26 +112,22 @@ def test_structure_with_data_parallelism(pool, structure) -> None:
     assert_equal(pool, built(structure), fabric_tp.litgpt(), (2, 2))
 
 
-@pytest.mark.swept(lambda p: p["sizes"] == (1, 4) or p["options"] == {"loss_parallel": False})
+WHOLE_SEQUENCE, WHOLE_LOGITS = {"sequence_parallel": False}, {"loss_parallel": False}
+
+
+@pytest.mark.swept(lambda p: p["sizes"] == (1, 4))
 @pytest.mark.parametrize(
-    "options",
+    ("structure", "sizes", "options"),
     [
-        {"sequence_parallel": False},
-        {"loss_parallel": False},
-        {"sequence_parallel": False, "loss_parallel": False},
-    ],
-    ids=lambda options: ", ".join(options),
-)
-@pytest.mark.parametrize(
-    ("structure", "sizes"),
-    [
-        ("one key and value head, scaled embeddings", (1, 2)),
-        ("groups across ranks", (1, 4)),
-        ("norms of heads", (1, 2)),
-        ("norms of two key heads", (1, 4)),
-        ("parallel residual, shared norm, biases, head bias", (1, 2)),
-        ("shared experts, grouped router, a dense layer", (1, 2)),
-        ("latent attention", (1, 2)),
+        ("one key and value head, scaled embeddings", (1, 2), WHOLE_SEQUENCE),
+        ("one key and value head, scaled embeddings", (1, 2), WHOLE_LOGITS),
+        ("groups across ranks", (1, 4), WHOLE_SEQUENCE),
+        ("norms of heads", (1, 2), {**WHOLE_SEQUENCE, **WHOLE_LOGITS}),
+        ("norms of two key heads", (1, 4), WHOLE_SEQUENCE),
+        ("parallel residual, shared norm, biases, head bias", (1, 2), WHOLE_SEQUENCE),
+        ("parallel residual, shared norm, biases, head bias", (1, 2), WHOLE_LOGITS),
+        ("shared experts, grouped router, a dense layer", (1, 2), WHOLE_SEQUENCE),
+        ("latent attention", (1, 2), WHOLE_SEQUENCE),
     ],
     ids=str,
 )
@@ -127,10 +136,10 @@ def test_options(pool, structure, sizes, options) -> None:
 
 
 @pytest.mark.swept(lambda p: p["sizes"] != (1, 2))
-@pytest.mark.parametrize("sequence_parallel", [True, False])
-@pytest.mark.parametrize("sizes", [(1, 2), (1, 4), (2, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "sequence_parallel"), [((1, 2), True), ((1, 2), False), ((1, 4), False), ((2, 2), True)], ids=str
+)
 def test_replicated_attention(pool, sizes, sequence_parallel) -> None:
-    """For 71 heads, which no number of ranks divides."""
     parallelize_fn = fabric_tp.litgpt(replicate_attention=True, sequence_parallel=sequence_parallel)
     assert_equal(pool, partial(small_gpt, small_config("falcon-7b")), parallelize_fn, sizes)
 
@@ -149,9 +158,7 @@ def tied(name: str = "Gemma-2b") -> nn.Module:
     return model
 
 
-@pytest.mark.swept(lambda p: p["sizes"] == (2, 2) or not p["sequence_parallel"])
-@pytest.mark.parametrize("sequence_parallel", [True, False])
-@pytest.mark.parametrize("sizes", [(1, 2), (2, 2)], ids=str)
+@pytest.mark.parametrize(("sizes", "sequence_parallel"), [((1, 2), True), ((2, 2), False)], ids=str)
 def test_tied_embeddings(pool, sizes, sequence_parallel) -> None:
     assert_equal(pool, tied, fabric_tp.litgpt(sequence_parallel=sequence_parallel), sizes, steps=3)
 

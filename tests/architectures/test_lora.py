@@ -23,22 +23,25 @@ from tests.parity import assert_equal
 
 WIDE = ["falcon-40b"]  # 128 heads, in the table of ``python -m fabric_tp.testing lora`` only
 NAMES = [name for name in one_of_each_structure() if name not in WIDE]
-CORE = [("Gemma-3-1b-it", "every layer", (2, 2))]
-REPLICATED = ["falcon-7b"]  # heads that cannot be divided
 
 
 @pytest.mark.swept(lambda p: p["name"] not in NAMES[:6])
-@pytest.mark.parametrize("adapted", LORA)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "adapted"), [(name, list(LORA)[i % 2]) for i, name in enumerate(NAMES)])
 def test_structure(pool, name, adapted) -> None:
-    parallelize_fn = fabric_tp.litgpt(replicate_attention=name in REPLICATED)
-    assert_equal(pool, partial(small_lora, name, adapted), parallelize_fn, (1, 2))
+    """Each with one of both kinds; ``python -m fabric_tp.testing lora`` has all."""
+    assert_equal(pool, partial(small_lora, name, adapted), fabric_tp.litgpt(), (1, 2))
 
 
-@pytest.mark.swept(lambda p: (p["name"], p["adapted"], p["sizes"]) not in CORE)
-@pytest.mark.parametrize("sizes", [(1, 4), (2, 2)], ids=str)
-@pytest.mark.parametrize("adapted", LORA)
-@pytest.mark.parametrize("name", ["Gemma-3-1b-it", "Qwen2.5-1.5B", "phi-1_5", "Mixtral-8x7B-v0.1"])
+@pytest.mark.swept(lambda p: p["name"] != "Gemma-3-1b-it")
+@pytest.mark.parametrize(
+    ("name", "adapted", "sizes"),
+    [
+        ("Gemma-3-1b-it", "every layer", (2, 2)),
+        ("Qwen2.5-1.5B", "query and value", (1, 4)),
+        ("phi-1_5", "every layer", (1, 4)),
+        ("Mixtral-8x7B-v0.1", "query and value", (2, 2)),
+    ],
+)
 def test_more_ranks(pool, name, adapted, sizes) -> None:
     assert_equal(pool, partial(small_lora, name, adapted), fabric_tp.litgpt(), sizes)
 

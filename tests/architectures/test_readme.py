@@ -44,6 +44,7 @@ def refused(parrot: ModuleType, **attention: Any) -> None:
     fabric_tp.Parallelize(architecture=changed).check(parrot.Parrot(), tensor_parallel_size=2)
 
 
+@pytest.mark.sweep
 def test_example_runs(tmp_path) -> None:
     (script := tmp_path / "parrot.py").write_text(example())
     printed = finish([start([*python(), str(script)], tmp_path / "output")])

@@ -41,18 +41,20 @@ def gpt(name: str, layers: int) -> nn.Module:
     return GPT.from_name(name, n_layer=layers, **sizes)
 
 
-@pytest.mark.swept(lambda p: p["name"] not in ("Llama-3-8B", "phi-2") or (p["options"] and p["name"] == "phi-2"))
+CHECKPOINTED = [{"activation_checkpointing": kind} for kind in ("full", "selective")]
+
+
+@pytest.mark.swept(lambda p: p["name"] not in ("Llama-3-8B", "phi-2"))
 @pytest.mark.parametrize(
-    "options",
+    ("name", "options"),
     [
-        {},
-        {"lean": False, "regather": False},
-        {"sequence_parallel": False},
-        *({"activation_checkpointing": kind} for kind in ("full", "selective")),
+        *(("Llama-3-8B", each) for each in ({}, {"lean": False, "regather": False}, *CHECKPOINTED)),
+        ("phi-2", {"sequence_parallel": False}),
+        *((name, {}) for name in ("pythia-14m", "Gemma-2-2b", "OLMo-2-1124-7B")),
+        *(("Gemma-2-2b", each) for each in CHECKPOINTED),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["Llama-3-8B", "pythia-14m", "Gemma-2-2b", "OLMo-2-1124-7B", "phi-2"])
 def test_a_block_is_one_graph(mesh, monkeypatch, name, options) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))  # or it raises
     model = fabric_tp.litgpt(compile=True, **options)(gpt(name, 1), mesh)

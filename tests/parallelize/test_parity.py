@@ -37,9 +37,15 @@ def ids(value: object) -> str | None:
     return None
 
 
-@pytest.mark.swept(lambda p: (p["sizes"], p["loss_parallel"]) != ((1, 2), True) and p["name"] != "Llama-3-8B")
-@pytest.mark.parametrize(("sizes", "sequence_parallel", "loss_parallel"), OPTIONS, ids=ids)
-@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.swept(lambda p: p["sizes"] != (1, 2) and (p["name"], p["sequence_parallel"]) != ("Llama-3-8B", True))
+@pytest.mark.parametrize(
+    ("name", "sizes", "sequence_parallel", "loss_parallel"),
+    [
+        *(("Llama-3-8B", *options) for options in OPTIONS),
+        *((name, *options) for i, name in enumerate(TRANSFORMERS) if i for options in OPTIONS[i % 2 :: 2]),
+    ],
+    ids=ids,
+)
 def test_transformers(pool, name, sizes, sequence_parallel, loss_parallel) -> None:
     options = {"sequence_parallel": sequence_parallel, "loss_parallel": loss_parallel}
     pool(sizes[0] * sizes[1])(assert_parity, name, FACTORIES[name], options, sizes)
@@ -58,9 +64,18 @@ def test_without_tensor_parallelism(pool, name, sizes) -> None:
 
 
 @pytest.mark.swept(lambda p: (p["name"], p["sizes"]) != ("Llama-3-8B", (1, 2)))
-@pytest.mark.parametrize(("sizes", "sequence_parallel"), [((1, 2), True), ((1, 4), False), ((2, 2), True)], ids=ids)
-@pytest.mark.parametrize("activation_checkpointing", ["full", "selective"])
-@pytest.mark.parametrize("name", ["Llama-3-8B", "pythia-14m"])
+@pytest.mark.parametrize(
+    ("name", "activation_checkpointing", "sizes", "sequence_parallel"),
+    [
+        ("Llama-3-8B", "full", (1, 2), True),
+        ("Llama-3-8B", "selective", (1, 2), True),
+        ("Llama-3-8B", "full", (2, 2), True),
+        ("Llama-3-8B", "selective", (1, 4), False),
+        ("pythia-14m", "full", (1, 4), False),
+        ("pythia-14m", "selective", (2, 2), True),
+    ],
+    ids=ids,
+)
 def test_activation_checkpointing(pool, name, activation_checkpointing, sizes, sequence_parallel) -> None:
     options = {"activation_checkpointing": activation_checkpointing, "sequence_parallel": sequence_parallel}
     pool(sizes[0] * sizes[1])(assert_parity, name, "litgpt", options, sizes)

@@ -37,6 +37,7 @@ def test_a_norm_that_is_said_to_see_all_is_noticed(pool) -> None:
     assert max(wrong.values()) > 10 * TOLERANCE
 
 
+@pytest.mark.sweep
 def test_runs_by_itself(tmp_path) -> None:
     printed = finish([start([*python(), str(EXAMPLES["encoder"])], tmp_path / "output")])
     assert "layers.*.feed_forward.up x 2" in printed

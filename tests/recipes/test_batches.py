@@ -94,6 +94,7 @@ def test_instruction_data_from_a_checkpoint(folder: Path, run_1x1: Path) -> None
     assert "Alpaca" in (folder / "json-2x1" / "final" / "prompt_style.yaml").read_text()
 
 
+@pytest.mark.sweep
 def test_streamed_data(folder: Path, run_1x1: Path) -> None:
     """Resumed on two ranks where one rank was, over more than one pass."""
     given = ["--data", "streamed.Streamed", "--initial_checkpoint_dir", run_1x1 / "final", "--max_seq_length", 64]
