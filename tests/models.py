@@ -16,6 +16,7 @@ CONFIGS = {
     "falcon-7b": {"n_head": 8, "n_query_groups": 4},
     "falcon-40b": {"n_head": 8, "n_query_groups": 4},
     "phi-2": {"n_head": 8},
+    "SmolLM2-135M": {"n_head": 9, "n_query_groups": 3},
     "Mixtral-8x7B-v0.1": {"n_head": 8, "n_query_groups": 4, "n_expert": 4},
 }
 

@@ -182,6 +182,19 @@ def test_distributed_checkpoint_at_another_mesh(pool, tmp_path, name, sizes) -> 
     pool(sizes[0] * sizes[1])(load_distributed, name, sizes, tmp_path)
 
 
+@pytest.mark.parametrize("sizes", [(1, 2), (2, 2)], ids=str)
+def test_checkpoints_of_heads_that_ranks_do_not_divide(pool, tmp_path, sizes) -> None:
+    """Nine heads: what four ranks save does not show where any of them ended."""
+    name, path = "SmolLM2-135M", tmp_path / "lit_model.pth"
+    pool(4)(save, name, (1, 4), path)
+    saved = torch.load(path, weights_only=True)
+    assert saved.keys() == original(name).keys()
+    assert all(torch.equal(saved[key], tensor) for key, tensor in original(name).items())
+    pool(sizes[0] * sizes[1])(load_and_compare, name, sizes, path)
+    pool(4)(save_distributed, name, (1, 4), tmp_path / "distributed")
+    pool(sizes[0] * sizes[1])(load_distributed, name, sizes, tmp_path / "distributed")
+
+
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     tokens = torch.arange(16).view(1, 16)
     fabric_tp.cross_entropy(model(tokens), tokens).backward()
