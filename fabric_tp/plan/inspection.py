@@ -203,8 +203,10 @@ class _Inspector:
 
     def adapters(self, module: nn.Module, name: str, base: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The linear layers that go down to a low rank and up again."""
-        down, up = (tuple(children(module, join(name, each))) if base else () for each in (DOWN, UP))
-        return down, up
+        down, up = (children(module, join(name, each)) if base else {} for each in (DOWN, UP))
+        if biased := [path for path, layer in up.items() if attribute(layer, "bias") is not None]:
+            raise ValueError(f"{biased[0]}, of an adapter, has a bias, which each rank would add. Leave it out.")
+        return tuple(down), tuple(up)
 
     def qk_norm(self, module: nn.Module, name: str) -> QKNorm:
         norm = module.get_submodule(name)

@@ -108,10 +108,12 @@ def test_is_recognised() -> None:
         ({"target_modules": ["q_proj", "lm_head"]}, r"lm_head, the head, has an adapter"),
         ({"target_modules": ["embed_tokens"]}, r"embed_tokens"),
         ({"use_dora": True, "target_modules": ["q_proj"]}, r"lora_magnitude_vector"),
+        ({"lora_bias": True, "target_modules": ["o_proj"]}, r"o_proj\.lora_B\.default, of an adapter, has a bias"),
         ({"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}, r"lm_head"),
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 def test_what_is_refused(options, message) -> None:
     model = peft.get_peft_model(small_causal("llama"), peft.LoraConfig(r=4, task_type="CAUSAL_LM", **options))
     with pytest.raises(ValueError, match=message):
