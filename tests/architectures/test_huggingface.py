@@ -14,7 +14,7 @@ from torch import nn
 import fabric_tp
 from fabric_tp.architectures import GPT_NEOX, recognise
 from fabric_tp.testing.parity import TOLERANCE
-from fabric_tp.testing.small import TRANSFORMERS, small_transformers
+from fabric_tp.testing.small import TRANSFORMERS, small_causal, small_transformers
 from tests.parity import assert_equal, differences_of
 
 MESHES = [(1, 4), (2, 2)]
@@ -87,7 +87,7 @@ def test_dropout_of_nothing_between_embedding_and_blocks() -> None:
 
 
 def test_rows_by_group_need_ranks_that_divide_the_groups() -> None:
-    model = small_transformers("GPT-NeoX", num_attention_heads=4)
+    model = small_causal("falcon", new_decoder_architecture=True, num_kv_heads=4)
     with pytest.raises(ValueError, match=r"does not divide the 4 groups of query heads by which the rows of query_key"):
         fabric_tp.auto().check(model, tensor_parallel_size=8)
 
