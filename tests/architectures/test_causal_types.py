@@ -68,7 +68,7 @@ WITH_MIXERS = {
     "rwkv": "rwkv",  # an MLP with a gate over its output
 }
 """Blocks of which something splits in no way."""
-CORE = ["gpt2", "bloom", "bert", "opt", "dbrx", "gpt_oss", "deepseek_v3", "llama4_text", "phimoe", "qwen3_next"]
+CORE = ["gpt2", "bloom", "opt", "gpt_oss", "deepseek_v3", "qwen3_next"]
 MESHES = [((1, 4), True), ((2, 2), False), ((1, 2), True)]
 """And whether the sequence is parallel: each type on one of them, and those of ``CORE`` on the last as well."""
 
@@ -153,12 +153,14 @@ VARIANTS = {
 """Options that change how attention computes, or how its fused layer lies."""
 
 
+@pytest.mark.swept(lambda p: p["variant"].startswith("Falcon"))
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants(pool, variant) -> None:
     model_type, options = VARIANTS[variant]
     assert_equal(pool, partial(build, model_type, **options), fabric_tp.auto(), (1, 2))
 
 
+@pytest.mark.sweep
 def test_masks_of_gpt2(pool) -> None:
     """On four ranks the MLP has as many hidden features on each as the model has, and its dropout sees the latter."""
     rates = {"attn_pdrop": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_implementation": "eager"}

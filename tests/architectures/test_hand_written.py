@@ -148,7 +148,7 @@ def trained_in_parallel(sizes: tuple[int, int], loss: str) -> dict[str, float]:
     return off
 
 
-@pytest.mark.swept(lambda p: p["sizes"] == (1, 2) or (p["sizes"], p["loss"]) == ((2, 2), "torch"))
+@pytest.mark.swept(lambda p: p["sizes"] == (1, 2) or p["loss"] == "torch")
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("sizes", [(1, 2), (1, 3), (2, 2)], ids=str)
 def test_the_scripts_training(pool, sizes, loss) -> None:
@@ -234,7 +234,7 @@ def build_example(cls: type[nn.Module], **options: int) -> nn.Module:
 
 
 @pytest.mark.swept(lambda p: p["sizes"] == (1, 4))
-@pytest.mark.parametrize("sizes", [(2, 2), (1, 4)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 2), (1, 4)], ids=str)
 @pytest.mark.parametrize("cls", [PyTorchTransformer, LightningTransformer])
 def test_the_llamas_of_the_examples(pool, cls, sizes) -> None:
     build_model = partial(build_example, cls)

@@ -31,7 +31,7 @@ TYPES: dict[str, dict[str, Any]] = {
     },  # latent attention
     "gemma2": {"num_attention_heads": 6, "num_key_value_heads": 2},  # more heads than four ranks divide
 }
-CORE = ["llama", "gpt2", "phi3"]
+CORE = ["llama"]
 
 
 def build(model_type: str, target_modules: Any = "all-linear", dropout: float = 0.0, **options: Any) -> nn.Module:
@@ -51,6 +51,7 @@ def test_equals_one_device(pool, model_type) -> None:
     assert_equal(pool, partial(build, model_type, **TYPES[model_type]), fabric_tp.auto(), (1, 4))
 
 
+@pytest.mark.swept(lambda p: "sequence_parallel" in p["options"])
 @pytest.mark.parametrize("options", [{"sequence_parallel": False}, {"activation_checkpointing": "full"}], ids=str)
 def test_options(pool, options) -> None:
     model = partial(build, "llama", target_modules=["q_proj", "v_proj"])

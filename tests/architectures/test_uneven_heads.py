@@ -49,13 +49,13 @@ def test_litgpt(pool, structure) -> None:
     assert_equal(pool, partial(small_gpt, small_config(name, **overrides)), fabric_tp.litgpt(), (1, 4))
 
 
-@pytest.mark.swept(lambda p: p["model_type"] not in ("gpt2", "gpt_oss"))
+@pytest.mark.swept(lambda p: p["model_type"] != "gpt2")
 @pytest.mark.parametrize("model_type", TRANSFORMERS)
 def test_transformers(pool, model_type) -> None:
     assert_equal(pool, partial(small_causal, model_type, **TRANSFORMERS[model_type]), fabric_tp.auto(), (1, 4))
 
 
-@pytest.mark.swept(lambda p: p["model_type"] != "gpt_oss")
+@pytest.mark.sweep
 @pytest.mark.parametrize("model_type", ["gpt_oss", "gpt2"])
 def test_with_data_parallelism(pool, model_type) -> None:
     sizes = {"gpt_oss": {"num_attention_heads": 3, "num_key_value_heads": 1}, "gpt2": {"n_head": 3, "n_embd": 48}}
@@ -69,6 +69,7 @@ def test_lora(pool, adapted) -> None:
     assert_equal(pool, partial(small_lora, "pythia-160m", adapted, **heads(3, 3)), fabric_tp.litgpt(), (1, 2))
 
 
+@pytest.mark.sweep
 def test_compiled(pool) -> None:
     model = partial(small_gpt, small_config("Llama-2-7b-hf", **heads(3, 3)))
     assert_equal(pool, model, fabric_tp.litgpt(compile=True), (1, 2), backend=PARTITIONED)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from functools import partial
 
+import pytest
+
 from benchmarks import transformers_plan
 from fabric_tp.testing.ranks import Ranks
 
 
+@pytest.mark.sweep
 def test_counts_what_is_right(monkeypatch, forks, capsys) -> None:
     monkeypatch.setattr(transformers_plan, "Ranks", partial(Ranks, start=forks))
     transformers_plan.main(only="qwen3_moe")

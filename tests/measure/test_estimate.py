@@ -204,6 +204,7 @@ def test_at_the_peak_kinds_add_up() -> None:
     assert memory.phase in ("forward", "head and loss", "backward", "clipping", "optimizer")
 
 
+@pytest.mark.sweep
 def test_fit_takes_the_first_option_that_fits() -> None:
     config, sizes = litgpt_config("Llama-3-8B", **{**WIDE, "n_layer": 2}), {"micro_batch_size": 16}
     roomy = list(fit(config, memory=2**40, devices=2, **sizes))

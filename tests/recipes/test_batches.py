@@ -81,6 +81,7 @@ def test_only_sequence_parallelism_needs_padding() -> None:
     assert inputs.tolist() == [[1, 2, 3]]
 
 
+@pytest.mark.sweep
 def test_instruction_data_from_a_checkpoint(folder: Path, run_1x1: Path) -> None:
     samples = [{"instruction": f"Count to {n}.", "output": " ".join(map(str, range(1, n + 1)))} for n in range(1, 41)]
     (folder / "samples.json").write_text(json.dumps(samples))
