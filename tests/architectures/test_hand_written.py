@@ -178,6 +178,7 @@ def in_bfloat16(sizes: tuple[int, int], loss: str) -> tuple[set[torch.dtype], li
         return {parameter.dtype for parameter in model.parameters()}, train(reference, (1, 1), loss), figures
 
 
+@pytest.mark.swept(lambda p: p["loss"] == "torch")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_bfloat16_as_default(pool, loss) -> None:
     dtypes, expected, figures = pool(2)(in_bfloat16, (1, 2), loss)

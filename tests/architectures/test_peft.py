@@ -51,7 +51,7 @@ def test_equals_one_device(pool, model_type) -> None:
     assert_equal(pool, partial(build, model_type, **TYPES[model_type]), fabric_tp.auto(), (1, 4))
 
 
-@pytest.mark.swept(lambda p: "sequence_parallel" in p["options"])
+@pytest.mark.sweep
 @pytest.mark.parametrize("options", [{"sequence_parallel": False}, {"activation_checkpointing": "full"}], ids=str)
 def test_options(pool, options) -> None:
     model = partial(build, "llama", target_modules=["q_proj", "v_proj"])

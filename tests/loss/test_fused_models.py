@@ -98,6 +98,7 @@ def test_fabric(pool, sizes, precision) -> None:
     assert fused == pytest.approx(ranks(train, sizes, True, {}, precision), rel=3e-2 if precision else 1e-5)
 
 
+@pytest.mark.sweep
 def test_mixed_precision_of_fsdp(pool) -> None:
     options = {"mixed_precision": "bf16-mixed"}
     fused = pool(4)(train, (2, 2), True, {"fused_loss": True, **options})

@@ -229,6 +229,7 @@ def test_fewer_layers_bound_the_peak_from_below(kind) -> None:
     assert 0.9 * whole < least_peak_by_layers(config, parallelize, sizes) <= whole
 
 
+@pytest.mark.sweep
 def test_cheapest_sends_the_fewest_bytes_for_a_token() -> None:
     config = litgpt_config("Llama-3-8B", **WIDE)
     found = [estimate(config, tensor_parallel_size=size, micro_batch_size=BATCH) for size in (4, 2, 1)]

@@ -112,6 +112,7 @@ def compiled_as_a_whole() -> float:
     return max(_gradients(reference, model).values())
 
 
+@pytest.mark.sweep
 def test_torchs_styles_compiled_as_a_whole(pool) -> None:
     assert pool(2)(compiled_by, PARTITIONED, compiled_as_a_whole) <= TOLERANCE
 

@@ -20,6 +20,7 @@ def test_equal_models_exit_with_0(forked_ranks, capsys) -> None:
     assert all(re.fullmatch(r"\S+ +equal +\d\.\de[-+]\d\d \S.*", line) for line in lines)
 
 
+@pytest.mark.swept(lambda p: p["only"] == "lfm2_moe")
 @pytest.mark.parametrize(
     ("models", "only", "printed"),
     [
