@@ -109,8 +109,7 @@ def test_activation_checkpointing(mesh, partitioned, caplog, kind, multiple) -> 
     [
         ("softcapping, sliding window, post-norms", "selective", (1, 2)),
         ("parallel residual, shared norm, biases, head bias", "full", (2, 2)),
-        ("shared experts, grouped router, a dense layer", "none", (1, 2)),  # no block is one graph
-        ("shared experts, grouped router, a dense layer", "full", (1, 2)),
+        ("shared experts, grouped router, a dense layer", "full", (1, 2)),  # no block is one graph
     ],
 )
 def test_equals_one_device(pool, structure, kind, sizes) -> None:
