@@ -38,13 +38,13 @@ def main(tensor_parallel_size: int = 2, only: str = "") -> None:
         "fabric_tp's output": 0,
         "fabric_tp's gradients": 0,
     }
-    number = 0
+    number, tokens = 0, torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(0))
     print(f"{'':24}{'Transformers':>24}{'fabric_tp':>24}")
     print(f"{'':24}" + 2 * f"{'output':>12}{'gradients':>12}")
     for model_type in (name for name in causal_types() if only in name):
         try:
             model: Any = small_causal(model_type)
-            inputs = small_inputs(model, torch.randint(VOCABULARY, (2, LENGTH)))
+            inputs = small_inputs(model, tokens)
             with torch.no_grad():
                 model(**inputs) if isinstance(inputs, dict) else model(inputs)
         except Exception:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.models import FeedForward
+
 
 def rotations(head_dim: int, length: int) -> Tensor:
     """Complex ``(length, head_dim / 2)``."""
@@ -66,24 +68,12 @@ class Attention(nn.Module):
         return self.wo(output.transpose(1, 2).contiguous().view(batch, length, -1))
 
 
-class FeedForward(nn.Module):
-    def __init__(self, dim: int, multiple_of: int) -> None:
-        super().__init__()
-        hidden = multiple_of * -(-int(8 * dim / 3) // multiple_of)
-        self.w1 = nn.Linear(dim, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, dim, bias=False)
-        self.w3 = nn.Linear(dim, hidden, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
-
-
 class TransformerBlock(nn.Module):
     def __init__(self, dim: int, n_heads: int, n_kv_heads: int, multiple_of: int) -> None:
         super().__init__()
         self.n_heads, self.dim = n_heads, dim
         self.attention = Attention(dim, n_heads, n_kv_heads)
-        self.feed_forward = FeedForward(dim, multiple_of)
+        self.feed_forward = FeedForward(dim, multiple_of * -(-int(8 * dim / 3) // multiple_of))
         self.attention_norm = RMSNorm(dim)
         self.ffn_norm = RMSNorm(dim)
 
@@ -100,9 +90,12 @@ class PyTorchTransformer(nn.Module):
         self.head_dim, self.max_length = dim // n_heads, 64
         self.tok_embeddings = nn.Embedding(vocabulary, dim)
         self.register_buffer("freqs_cis", rotations(self.head_dim, 2 * self.max_length))
-        self.layers = nn.ModuleList(TransformerBlock(dim, n_heads, n_kv_heads, 16) for _ in range(n_layers))
+        self.layers = self.held([TransformerBlock(dim, n_heads, n_kv_heads, 16) for _ in range(n_layers)])
         self.norm = RMSNorm(dim)
         self.output = nn.Linear(dim, vocabulary, bias=False)
+
+    def held(self, blocks: list[nn.Module]) -> nn.Module:
+        return nn.ModuleList(blocks)
 
     def forward(self, tokens: Tensor) -> Tensor:
         h = self.tok_embeddings(tokens)
@@ -113,17 +106,9 @@ class PyTorchTransformer(nn.Module):
         return self.output(self.norm(h)).float()
 
 
-class LightningTransformer(nn.Module):
-    def __init__(
-        self, vocabulary: int, dim: int = 64, n_layers: int = 2, n_heads: int = 8, n_kv_heads: int = 4
-    ) -> None:
-        super().__init__()
-        self.head_dim, self.max_length = dim // n_heads, 64
-        self.tok_embeddings = nn.Embedding(vocabulary, dim)
-        self.register_buffer("freqs_cis", rotations(self.head_dim, 2 * self.max_length), persistent=True)
-        self.layers = nn.ModuleDict({str(i): TransformerBlock(dim, n_heads, n_kv_heads, 16) for i in range(n_layers)})
-        self.norm = RMSNorm(dim)
-        self.output = nn.Linear(dim, vocabulary, bias=False)
+class LightningTransformer(PyTorchTransformer):
+    def held(self, blocks: list[nn.Module]) -> nn.Module:
+        return nn.ModuleDict({str(i): block for i, block in enumerate(blocks)})
 
     def reset_parameters(self) -> None:
         with torch.device(self.freqs_cis.device):
@@ -131,7 +116,6 @@ class LightningTransformer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         h = self.tok_embeddings(tokens)
-        freqs_cis = self.freqs_cis[0 : tokens.shape[1]]
         for layer in self.layers.values():
-            h = layer(h, freqs_cis)
-        return self.output(self.norm(h)).float()
+            h = layer(h, self.freqs_cis)  # which is cut where it is used
+        return self.output(self.norm(h))
