@@ -119,15 +119,23 @@ def compare(
     steps: int,
     break_model: Callable[[nn.Module], None] | None = None,
 ) -> dict[str, float]:
-    """Relative differences by name, on every rank of a mesh of these (data-parallel, tensor-parallel) sizes."""
-    reference = build_model()
-    model = parallelize_fn(copy.deepcopy(reference), mesh(*sizes))
+    """Relative differences by name on rank 0, which trains the reference as well.
+
+    To be called on every rank of a mesh of these (data-parallel, tensor-parallel) sizes.
+    """
+    model = build_model()
+    reference = copy.deepcopy(model) if dist.get_rank() == 0 else None
+    model = parallelize_fn(model, mesh(*sizes))
     if break_model:
         break_model(model)
     differences = _random_output_gradient(reference, model, inputs, sizes)
-    for each in (reference, model):
+    for each in _both(reference, model):
         each.zero_grad()
     return differences | _train(reference, model, inputs, loss_fn, sizes, steps)
+
+
+def _both(reference: nn.Module | None, model: nn.Module) -> tuple[nn.Module, ...]:
+    return (reference, model) if reference is not None else (model,)
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:
@@ -143,30 +151,34 @@ def _mine(inputs: Any, sizes: tuple[int, int]) -> Any:
 
 
 def _random_output_gradient(
-    reference: nn.Module, model: nn.Module, inputs: Any, sizes: tuple[int, int]
+    reference: nn.Module | None, model: nn.Module, inputs: Any, sizes: tuple[int, int]
 ) -> dict[str, float]:
     """Output, and gradients for a random gradient of it, which no symmetry of a loss can hide."""
-    expected = first_tensor(_call(reference, inputs))
-    grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=expected.dtype)
-    (expected * grad).sum().backward()
     output = first_tensor(_call(model, _mine(inputs, sizes)))
-    expected, grad = _mine(expected, sizes), _mine(grad, sizes) * sizes[0]  # FSDP2 averages over the ranks
     if isinstance(output, DeferredLogits):
         output = output.compute()
-    if isinstance(output, DTensor):
-        size, rank = output.device_mesh.size(), output.device_mesh.get_local_rank()
-        expected, grad = expected.chunk(size, -1)[rank], grad.chunk(size, -1)[rank]
-        output = output.to_local(grad_placements=[Shard(output.dim() - 1)])
-    (output * grad).sum().backward()
+    shape = (output.shape[0] * sizes[0], *output.shape[1:])
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=output.dtype)
+
+    def mine(whole: Tensor) -> Tensor:
+        whole = _mine(whole, sizes)
+        if isinstance(output, DTensor):
+            return whole.chunk(output.device_mesh.size(), -1)[output.device_mesh.get_local_rank()]
+        return whole
+
+    local = output.to_local(grad_placements=[Shard(output.dim() - 1)]) if isinstance(output, DTensor) else output
+    (local * mine(grad) * sizes[0]).sum().backward()  # FSDP2 averages over the ranks
+    differences: dict[str, float] = {}
+    if reference is not None:
+        expected = first_tensor(_call(reference, inputs))
+        (expected * grad).sum().backward()
+        differences["output"] = _off(local, mine(expected))
     gradients = _gradients(reference, model).items()
-    return {
-        "output": _off(output, expected),
-        **{f"gradient of {name} for a random one": off for name, off in gradients},
-    }
+    return differences | {f"gradient of {name} for a random one": off for name, off in gradients}
 
 
 def _train(
-    reference: nn.Module, model: nn.Module, inputs: Any, loss_fn: LossFn, sizes: tuple[int, int], steps: int
+    reference: nn.Module | None, model: nn.Module, inputs: Any, loss_fn: LossFn, sizes: tuple[int, int], steps: int
 ) -> dict[str, float]:
     """Steps of two micro-batches each, of which only the second synchronises gradients; clipped to half the norm."""
     mine = _mine(inputs, sizes)
@@ -174,31 +186,39 @@ def _train(
     optimizers: list[torch.optim.Optimizer] = []
     for step in range(steps):
         for last in (False, True):
-            expected = loss_fn(_call(reference, inputs), inputs) / 2
-            expected.backward()
             if isinstance(model, FSDPModule):
                 model.set_requires_gradient_sync(last)
             loss = loss_fn(_call(model, mine), mine) / 2
             loss.backward()
             mean = loss.detach().clone() / sizes[0]
             dist.all_reduce(mean, group=mesh(*sizes).get_group("data_parallel"))
-            differences[f"loss of step {step}"] = _off(mean, expected)
+            if reference is not None:
+                expected = loss_fn(_call(reference, inputs), inputs) / 2
+                expected.backward()
+                differences[f"loss of step {step}"] = _off(mean, expected)
         if step == 0:
             differences |= {f"gradient of {name}": off for name, off in _gradients(reference, model).items()}
-            max_norm = _norm(reference) / 2
-            optimizers = [_optimizer(each, _norm(reference)) for each in (reference, model)]
-        exact = _norm(reference, torch.float64)
-        rounding = abs(_norm(reference) - exact) / exact  # torch's sum of millions of squares in fp32
-        expected_norm, norm = (nn.utils.clip_grad_norm_(m.parameters(), max_norm) for m in (reference, model))
+            first_norm = _from_rank_0(_norm(reference) if reference is not None else 0.0)
+            optimizers = [_optimizer(each, first_norm) for each in _both(reference, model)]
+        norm = nn.utils.clip_grad_norm_(model.parameters(), first_norm / 2)
         whole_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        differences[f"norm of step {step}"] = max(0.0, _off(whole_norm, expected_norm) - rounding)
+        if reference is not None:
+            exact = _norm(reference, torch.float64)
+            rounding = abs(_norm(reference) - exact) / exact  # torch's sum of millions of squares in fp32
+            expected_norm = nn.utils.clip_grad_norm_(reference.parameters(), first_norm / 2)
+            differences[f"norm of step {step}"] = max(0.0, _off(whole_norm, expected_norm) - rounding)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    weights = dict(reference.named_parameters())
-    for name, weight in _whole(model, lambda parameter: parameter).items():
-        differences[f"{name} after {steps} steps"] = _off(weight, weights[name])
-    return differences
+    whole = _whole(model, lambda parameter: parameter)
+    weights = dict(reference.named_parameters()) if reference is not None else {}
+    return differences | {f"{name} after {steps} steps": _off(whole[name], weight) for name, weight in weights.items()}
+
+
+def _from_rank_0(number: float) -> float:
+    value = torch.tensor(number, dtype=torch.float64)
+    dist.broadcast(value, 0)
+    return value.item()
 
 
 def _norm(model: nn.Module, dtype: torch.dtype | None = None) -> float:
@@ -212,9 +232,12 @@ def _optimizer(model: nn.Module, norm: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-3, eps=root_mean_square)
 
 
-def _gradients(reference: nn.Module, model: nn.Module) -> dict[str, float]:
-    expected = {name: parameter.grad for name, parameter in reference.named_parameters() if parameter.grad is not None}
+def _gradients(reference: nn.Module | None, model: nn.Module) -> dict[str, float]:
+    """To be called on every rank; nothing where the reference is not."""
     gathered = _whole(model, lambda parameter: parameter.grad)
+    if reference is None:
+        return {}
+    expected = {name: parameter.grad for name, parameter in reference.named_parameters() if parameter.grad is not None}
     if gathered.keys() != expected.keys():
         raise AssertionError(f"Only one of both has a gradient: {sorted(gathered.keys() ^ expected.keys())}")
     largest = max(float(grad.abs().max()) for grad in expected.values())

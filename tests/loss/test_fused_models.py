@@ -22,7 +22,7 @@ from fabric_tp.testing.small import VOCABULARY, small_config, small_gpt, small_l
 from tests.loss.counting import AG, AR, RS, Collectives, Watch
 from tests.loss.models import MODELS, tokens
 from tests.parallelize.test_parallelize import train
-from tests.parity import assert_equal, differences_of
+from tests.parity import PARTITIONED, assert_equal, differences_of
 
 
 def cases() -> Iterator[Any]:
@@ -54,7 +54,8 @@ def test_equals_one_device(pool, name, sizes, sequence_parallel) -> None:
     ids=lambda options: next(iter(options.values())),
 )
 def test_with_other_options(pool, options) -> None:
-    assert_equal(pool, MODELS["Llama 3"], fabric_tp.litgpt(fused_loss=True, **options), (1, 2), steps=2)
+    backend = PARTITIONED if "compile" in options else ""
+    assert_equal(pool, MODELS["Llama 3"], fabric_tp.litgpt(fused_loss=True, **options), steps=2, backend=backend)
 
 
 @pytest.mark.parametrize("name", ["Gemma2", "Llama, tied embeddings"])

@@ -9,7 +9,7 @@ from torch import nn
 from fabric_tp.styles import FusedColwise
 from fabric_tp.styles.style import LocalModule
 from fabric_tp.testing.parity import TOLERANCE
-from tests.parity import assert_parity, differences
+from tests.parity import PARTITIONED, assert_parity, compiled_by, differences
 
 FACTORIES = {
     "Llama-3-8B": "litgpt",
@@ -92,8 +92,9 @@ def test_activation_checkpointing(pool, name, activation_checkpointing, sizes, s
     ids=ids,
 )
 def test_compile(pool, name, options, sizes) -> None:
-    pool(sizes[0] * sizes[1])(torch.compiler.reset)  # otherwise it gives up on a function that it has often compiled
-    pool(sizes[0] * sizes[1])(assert_parity, name, FACTORIES[name], {"compile": True, **options}, sizes)
+    backend = "inductor" if name == "pythia-14m" else PARTITIONED
+    arguments = (name, FACTORIES[name], {"compile": True, **options}, sizes)
+    pool(sizes[0] * sizes[1])(compiled_by, backend, assert_parity, *arguments)
 
 
 @pytest.mark.parametrize("reshard_after_forward", [True, False])

@@ -16,6 +16,7 @@ from fabric_tp.testing import next_token_loss
 from fabric_tp.testing.parity import TOLERANCE
 from fabric_tp.testing.ranks import mesh
 from tests.models import LENGTH
+from tests.parity import PARTITIONED, compiled_by
 from tests.styles.dropout_models import (
     MODELS,
     RATE,
@@ -96,8 +97,8 @@ def test_micro_batches(pool, one_device, sizes) -> None:
 @pytest.mark.sweep
 @pytest.mark.parametrize("kind", ["none", "full"])
 def test_compile(pool, one_device, kind) -> None:
-    pool(2)(torch.compiler.reset)
-    result = pool(2)(train, residual, {"compile": True, "activation_checkpointing": kind}, (1, 2))
+    options = {"compile": True, "activation_checkpointing": kind}
+    result = pool(2)(compiled_by, PARTITIONED, train, residual, options, (1, 2))
     assert worst(result, one_device(residual)) < TOLERANCE
 
 
