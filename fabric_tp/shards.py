@@ -15,12 +15,19 @@ def copy_shard(parameter: Tensor, whole: Tensor) -> None:
     if not isinstance(parameter, DTensor):
         parameter.copy_(whole)
         return
-    mesh = parameter.device_mesh
-    for axis, dim in reversed(_splits(parameter)):
-        chunks = whole.chunk(mesh.size(axis), dim)
-        rank = mesh.get_local_rank(axis)
-        whole = chunks[rank] if rank < len(chunks) else whole.narrow(dim, 0, 0)
-    parameter._local_tensor.copy_(whole)
+    parameter._local_tensor.copy_(whole[own_region(parameter)])
+
+
+def own_region(parameter: Tensor) -> tuple[slice, ...]:
+    """Where this rank's part lies in the whole of ``parameter``."""
+    region = [slice(0, size) for size in parameter.shape]
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        for axis, dim in reversed(_splits(parameter)):
+            start, stop = region[dim].start, region[dim].stop
+            part = _chunk(stop - start, mesh.size(axis), mesh.get_local_rank(axis))
+            region[dim] = slice(start + part.start, start + part.stop)
+    return tuple(region)
 
 
 @torch.no_grad()

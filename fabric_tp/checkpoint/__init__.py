@@ -1,6 +1,6 @@
 """Checkpoints in other tools' layouts; Fabric's own ``save`` and ``load`` work on parallelized models as they are."""
 
-from fabric_tp.checkpoint import litgpt
+from fabric_tp.checkpoint import huggingface, litgpt
 from fabric_tp.checkpoint.atomic import replacing
 
-__all__ = ["litgpt", "replacing"]
+__all__ = ["huggingface", "litgpt", "replacing"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +12,7 @@ SHARD = ".distcp"
 
 
 @contextmanager
-def replacing(path: Path, *, moves: bool, barrier: Callable[[], None]) -> Iterator[Path]:
+def replacing(path: Path, *, moves: bool, barrier: Callable[[], object], stale: Collection[str] = ()) -> Iterator[Path]:
     """A path to write to, which takes the place of ``path`` when all ranks have written.
 
     All ranks must enter. If any raises, or dies, ``path`` stays what it was. What else lies in a directory that is
@@ -22,6 +22,7 @@ def replacing(path: Path, *, moves: bool, barrier: Callable[[], None]) -> Iterat
         path: A file or a directory, which may exist.
         moves: This rank moves files: the first one on the disk.
         barrier: Waits for all ranks.
+        stale: Patterns of files that go as well when a directory is replaced.
 
     Example::
 
@@ -41,7 +42,7 @@ def replacing(path: Path, *, moves: bool, barrier: Callable[[], None]) -> Iterat
         if path.exists():
             path.rename(replaced)
         unfinished.rename(path)
-        _keep_others(replaced, path)
+        _keep_others(replaced, path, ("*" + SHARD, *stale))
         _remove(replaced)
     barrier()
 
@@ -53,10 +54,10 @@ def restore(path: Path) -> None:
         replaced.rename(path)
 
 
-def _keep_others(old: Path, new: Path) -> None:
+def _keep_others(old: Path, new: Path, stale: Collection[str]) -> None:
     if old.is_dir() and new.is_dir():
         for each in old.iterdir():
-            if each.suffix != SHARD and not (new / each.name).exists():
+            if not any(map(each.match, stale)) and not (new / each.name).exists():
                 each.rename(new / each.name)
 
 

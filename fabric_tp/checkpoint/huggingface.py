@@ -1,0 +1,181 @@
+"""Directories of the hub: ``model.safetensors``, or several such files with an index, and ``config.json``.
+
+Of Transformers' models, and, by litgpt's own tables of names, of ``litgpt.GPT``: a download needs no conversion.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fabric_tp.architectures.hub import HubNames, grouped, hub_names
+from fabric_tp.checkpoint.atomic import replacing
+from fabric_tp.checkpoint.files import SAFETENSORS_INDEX, Files
+from fabric_tp.checkpoint.parts import Part, Whole, check_names, check_shape, unwrapped, whole_tensors
+from fabric_tp.checkpoint.rows import Rows
+from fabric_tp.checkpoint.writing import Sources, write
+
+CONFIG = "config.json"
+WEIGHTS = ("model*.safetensors", SAFETENSORS_INDEX, "pytorch_model*.bin", "pytorch_model.bin.index.json")
+OTHER_FILES = (CONFIG, "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt")
+"""What a directory has beside weights, for :func:`save` to copy."""
+
+
+@torch.no_grad()
+def load(model: nn.Module, directory: str | Path, *, progress: bool = True) -> None:
+    """Read a directory of the hub into a parallelized model; each rank reads only what it keeps.
+
+    Values take the dtype of the model. No communication, and no more memory than the model's own and one tensor's part.
+
+    Args:
+        model: A Transformers model or a ``litgpt.GPT``, parallelized, with or without Fabric around it.
+        directory: Holds ``*.safetensors`` or ``pytorch_model*.bin``, with an index if there are several.
+        progress: Show a bar on the first rank, if it takes longer than some seconds.
+
+    Raises:
+        ValueError: There is no checkpoint; it lacks a tensor, has one too many, or one of another shape.
+
+    Example::
+
+        with fabric.init_module(empty_init=True):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained("checkpoints/Qwen3-8B"))
+        model = fabric.setup(model)
+        fabric_tp.checkpoint.huggingface.load(model, "checkpoints/Qwen3-8B")
+    """
+    names, wanted = hub_names(unwrapped(model)), whole_tensors(model)
+    with Files(directory) as files:
+        rows, found = Rows(), dict[str, Tensor]()
+        for group in grouped(files.shapes):
+            found |= names.to_model({name: rows.number(name, files.shapes[name]) for name in group})
+        if names.tied and names.tied[1] in found:
+            found.setdefault(names.tied[0], found[names.tied[1]])
+        found = {name: numbers for name, numbers in found.items() if name in wanted or not names.is_ignored(name)}
+        missing = _untied(wanted, wanted.keys() - found.keys(), found.keys())
+        check_names(directory, missing, found.keys() - wanted.keys())
+        for name, whole in wanted.items():
+            if name in found:
+                check_shape(directory, name, _shape(found[name], rows, files), whole.shape)
+        hidden = not (progress and _is_first())
+        for name in tqdm(found, desc="Reading weights", unit=" tensors", disable=hidden, delay=3, leave=False):
+            for part in wanted[name].parts:
+                _fill(part, found[name], rows, files)
+
+
+def _untied(wanted: dict[str, Whole], missing: Iterable[str], found: Iterable[str]) -> set[str]:
+    """Those that are missing and have no other name under which they are found."""
+    there = {id(wanted[name].parts[0].tensor) for name in found if name in wanted}
+    return {name for name in missing if id(wanted[name].parts[0].tensor) not in there}
+
+
+def _shape(numbers: Tensor, rows: Rows, files: Files) -> torch.Size:
+    run = next(rows.runs(numbers))
+    source = files.shapes[run.name]
+    return torch.Size((*numbers.shape, source[-1])) if len(source) > 1 else numbers.shape
+
+
+def _fill(part: Part, numbers: Tensor, rows: Rows, files: Files) -> None:
+    """Read what this rank has of a tensor, whose rows are those with these numbers."""
+    region, local = part.region, part.local
+    if not local.numel():
+        return
+    if name := rows.whole(numbers):
+        local.copy_(files.read(name, region))
+        return
+    lead = region[: numbers.dim()]
+    columns = region[numbers.dim() :]
+    flat = local.view(-1, *local.shape[numbers.dim() :])
+    for run in rows.runs(numbers[lead]):
+        flat[run.to : run.to + run.length].copy_(files.read(run.name, (*run.rows, *columns)))
+
+
+@torch.no_grad()
+def save(
+    model: nn.Module, directory: str | Path, *, like: str | Path | None = None, max_shard_size: int | str = "5GB"
+) -> None:
+    """Write the model as a directory that ``from_pretrained`` reads; its files are written by all ranks side by side.
+
+    All ranks must call it. A rank's memory holds, beside its model, two of the files and the tensors of one block. The
+    directory appears, or takes the place of an older one, when it is complete.
+
+    Args:
+        model: As for :func:`load`.
+        directory: Where to; what else lies there stays.
+        like: A directory of the same kind of model, whose config and tokenizer are copied. A Transformers model has a
+            config of its own, and ``litgpt.GPT`` has none of the hub's.
+        max_shard_size: Of a file: bytes, or text such as ``"5GB"``.
+
+    Raises:
+        ValueError: ``like`` is needed, or holds no ``config.json``.
+
+    Example::
+
+        fabric_tp.checkpoint.huggingface.save(model, "out/hub", like="checkpoints/Qwen3-8B")
+    """
+    directory, names, wholes = Path(directory), hub_names(unwrapped(model)), whole_tensors(model)
+    if names.save_config is None and not (like and (Path(like) / CONFIG).is_file()):
+        raise ValueError(
+            f"like={like and str(like)!r} must be a directory with a {CONFIG}, such as that from which the model came:"
+            f" a {type(unwrapped(model)).__name__} has no config of Transformers' to write."
+        )
+    _leave_out_doubles(wholes)
+    tied = names.tied is not None and _equal(*(wholes[name] for name in names.tied))
+    if tied:
+        del wholes[names.tied[0]]  # type: ignore[index]
+    rows, hub = Rows(), dict[str, Tensor]()
+    for group in grouped(wholes):
+        hub |= names.to_hub({name: rows.number(name, wholes[name].shape) for name in group})
+    like_tensors = {name: torch.empty(whole.shape, dtype=whole.dtype, device="meta") for name, whole in wholes.items()}
+    barrier = dist.barrier if dist.is_initialized() else _nothing
+    with replacing(directory, moves=_is_first(), barrier=barrier, stale=WEIGHTS) as unfinished:
+        if _is_first():
+            unfinished.mkdir()
+            _write_config(names, unfinished, like, tied)
+        barrier()
+        write(unfinished, hub, Sources(rows, like_tensors, lambda name: wholes[name].gather()), max_shard_size)
+
+
+def _leave_out_doubles(wholes: dict[str, Whole]) -> None:
+    """Of names for the same tensor, all but the first."""
+    seen: set[int] = set()
+    for name, whole in list(wholes.items()):
+        tensor = whole.parts[0].tensor
+        if id(tensor) in seen:
+            del wholes[name]
+        seen.add(id(tensor))
+
+
+def _equal(one: Whole, other: Whole) -> bool:
+    """Whether two tensors that are split alike have the same values, on all ranks."""
+    same = torch.tensor(float(one.shape == other.shape and torch.equal(one.parts[0].local, other.parts[0].local)))
+    if dist.is_initialized():
+        same = same.to(one.parts[0].local.device)
+        dist.all_reduce(same, dist.ReduceOp.MIN)
+    return bool(same)
+
+
+def _write_config(names: HubNames, directory: Path, like: str | Path | None, tied: bool) -> None:
+    if names.save_config:
+        names.save_config(directory)
+    if like:
+        for pattern in OTHER_FILES:
+            for file in Path(like).glob(pattern):
+                if not (directory / file.name).exists():
+                    shutil.copy(file, directory)
+    if names.tied:
+        config = json.loads((directory / CONFIG).read_text())
+        (directory / CONFIG).write_text(json.dumps(config | {"tie_word_embeddings": tied}, indent=2) + "\n")
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _nothing() -> None:
+    pass

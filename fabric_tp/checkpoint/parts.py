@@ -1,0 +1,88 @@
+"""The tensors of a model, parallelized or not, by the names that the model had before it was parallelized."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from lightning.fabric.wrappers import _FabricModule
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fabric_tp.shards import gather_shards, own_region
+from fabric_tp.styles.fused_colwise import FusedPart, fused_parameters
+
+
+class Part(NamedTuple):
+    """A parameter or buffer, and where it lies in the tensor that it is a part of."""
+
+    tensor: Tensor
+    dim: int
+    start: int
+
+    @property
+    def local(self) -> Tensor:
+        """What this rank has of it."""
+        return self.tensor._local_tensor if isinstance(self.tensor, DTensor) else self.tensor.data
+
+    @property
+    def region(self) -> tuple[slice, ...]:
+        """Where this lies in the tensor that it is a part of."""
+        region = list(own_region(self.tensor))
+        if self.start:
+            own = region[self.dim]
+            region[self.dim] = slice(self.start + own.start, self.start + own.stop)
+        return tuple(region)
+
+
+class Whole(NamedTuple):
+    """A tensor of the model before it was parallelized; its parts lie one after the other."""
+
+    parts: list[Part]
+
+    @property
+    def shape(self) -> torch.Size:
+        last = self.parts[-1]
+        shape = list(last.tensor.shape)
+        if shape:
+            shape[last.dim] += last.start
+        return torch.Size(shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parts[0].tensor.dtype
+
+    def gather(self) -> Tensor:
+        """All of it on every rank; all ranks must call this."""
+        parts = [gather_shards(part.tensor) for part in self.parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, self.parts[0].dim)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, without what Fabric puts around it."""
+    return model.module if isinstance(model, _FabricModule) else model
+
+
+def whole_tensors(model: nn.Module) -> dict[str, Whole]:
+    """All that a state dict has, in its order."""
+    model = unwrapped(model)
+    result: dict[str, Whole] = {}
+    fused = fused_parameters(model)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        of = fused.get(name, FusedPart(name, 0))
+        parts = result.setdefault(of.whole, Whole([])).parts
+        parts.append(Part(tensor, of.dim, sum(part.tensor.shape[of.dim] for part in parts)))
+    return result
+
+
+def check_names(path: object, missing: set[str], unexpected: set[str]) -> None:
+    if missing or unexpected:
+        raise ValueError(
+            f"{str(path)!r} does not fit the model: it lacks {len(missing)} keys, such as {sorted(missing)[:3]}, and"
+            f" has {len(unexpected)} that the model does not, such as {sorted(unexpected)[:3]}."
+        )
+
+
+def check_shape(path: object, name: str, found: torch.Size, wanted: torch.Size) -> None:
+    if found != wanted:
+        raise ValueError(f"{name} has the shape {tuple(found)} in {str(path)!r}, the model's {tuple(wanted)}.")
