@@ -1,4 +1,4 @@
-"""``fabric-tp estimate`` and ``fabric-tp explain``: what a run will need, before it is started."""
+"""``fabric-tp estimate`` and ``explain``: what a run will need, before it is started; ``convert``: checkpoints."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.table import Table
 
 import fabric_tp
 from fabric_tp.architectures.litgpt.config import load_config, meta_model
+from fabric_tp.checkpoint.conversion import Layout
 from fabric_tp.measure.estimation import Estimate, Precision, gib, render
 from fabric_tp.measure.fit import cheapest, fit
 
@@ -81,6 +82,32 @@ def explain(model: str, *, tensor_parallel_size: int = 1, data_parallel_size: in
     print(fabric_tp.litgpt(mixed_precision=None, **options).explain(meta_model(load_config(model)), **sizes))
 
 
+def convert(
+    source: Path,
+    target: Path,
+    *,
+    to: Layout,
+    like: Path | None = None,
+    model_name: str | None = None,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Turn a checkpoint into one of another layout, tensor by tensor; needs no GPU.
+
+    Args:
+        source: A directory: litgpt's, with lit_model.pth; the hub's, with safetensors; or a training checkpoint.
+        target: The directory to write, which may not exist.
+        to: "litgpt" for litgpt's commands, "huggingface" for Transformers, "distributed" for fabric.load on any mesh.
+        like: A directory of the same model that has what the source lacks: config and tokenizer.
+        model_name: Name that litgpt has for the model, if it is not the directory's.
+        dtype: Of the result, such as bfloat16; by default that of the source.
+        max_shard_size: Of a file for Transformers.
+    """
+    options: dict[str, Any] = {"like": like, "model_name": model_name, "dtype": dtype, "max_shard_size": max_shard_size}
+    fabric_tp.checkpoint.convert(source, target, to=to, **options)
+    print(f"Wrote {target}")
+
+
 def parse_bytes(text: str) -> int:
     """Bytes of ``"80GiB"``, ``"80 GB"`` or ``"1000"``.
 
@@ -133,7 +160,7 @@ def _write(file: Path | None, found: list[Estimate]) -> None:
 def main() -> None:
     warnings.filterwarnings("ignore")
     try:
-        auto_cli([estimate, explain])
+        auto_cli([estimate, explain, convert])
     except ValueError as error:  # the user's mistake, which says itself what to do
         sys.exit(f"fabric-tp: {error}")
 

@@ -51,6 +51,39 @@ def hub_names(model: nn.Module) -> HubNames:
     return HubNames(dict, dict)
 
 
+def meta_model(directory: Path, model_name: str | None, *, of_litgpt: bool) -> nn.Module:
+    """The model without memory of a directory with a config: litgpt's, if it has one for it, or Transformers'.
+
+    Args:
+        directory: With ``model_config.yaml`` or ``config.json``, or whose name is that of one of litgpt's configs.
+        model_name: The name of litgpt's config.
+        of_litgpt: Only litgpt's model will do.
+
+    Raises:
+        ValueError: There is no config.
+    """
+    if model_name or of_litgpt or (directory / "model_config.yaml").is_file():
+        from fabric_tp.architectures.litgpt.config import load_config
+        from fabric_tp.architectures.litgpt.config import meta_model as litgpt_model
+
+        return litgpt_model(load_config(model_name or directory))
+    if not (directory / "config.json").is_file():
+        raise ValueError(
+            f"{str(directory)!r} has neither model_config.yaml nor config.json, so that its model is not known. Give a"
+            " directory that has one as `like`, or a name that litgpt knows as `model_name`."
+        )
+    from fabric_tp.architectures.huggingface.hub import transformers_meta_model
+
+    return transformers_meta_model(directory)
+
+
+def save_as_litgpt(model: nn.Module, directory: Path, fetch: Callable[[str], Tensor]) -> None:
+    """litgpt's files of one of its models, whose tensors are fetched one after the other."""
+    from fabric_tp.architectures.litgpt.hub import save_lit_model
+
+    save_lit_model(model, directory, fetch)
+
+
 def grouped(names: Iterable[str]) -> list[list[str]]:
     """Those of each block together, in its order; what belongs to none comes first. Experts are in their order."""
     groups: dict[str, list[str]] = {}

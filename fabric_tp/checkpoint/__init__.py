@@ -2,5 +2,6 @@
 
 from fabric_tp.checkpoint import huggingface, litgpt
 from fabric_tp.checkpoint.atomic import replacing
+from fabric_tp.checkpoint.conversion import convert
 
-__all__ = ["huggingface", "litgpt", "replacing"]
+__all__ = ["convert", "huggingface", "litgpt", "replacing"]

@@ -50,10 +50,15 @@ class Files(AbstractContextManager["Files"]):
             self._mapped[name] = tensor
             self.shapes[name], self.dtypes[name] = tensor.shape, tensor.dtype
 
+    def like(self) -> dict[str, Tensor]:
+        """Shape and dtype of each tensor."""
+        return {name: torch.empty(shape, dtype=self.dtypes[name], device="meta") for name, shape in self.shapes.items()}
+
     def read(self, name: str, where: tuple[slice | int, ...]) -> Tensor:
-        """A part of a tensor; only this part is brought into memory."""
+        """A part of a tensor, or all of it for ``()``; only this part is brought into memory."""
         if name in self._safe:
-            return self._safe[name].get_slice(name)[where] if where else self._safe[name].get_tensor(name)
+            opened = self._safe[name]
+            return opened.get_slice(name)[where] if where else opened.get_tensor(name)
         return self._mapped[name][where]
 
     def __exit__(self, *error: object) -> None:

@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -51,11 +52,7 @@ def load(model: nn.Module, directory: str | Path, *, progress: bool = True) -> N
     """
     names, wanted = hub_names(unwrapped(model)), whole_tensors(model)
     with Files(directory) as files:
-        rows, found = Rows(), dict[str, Tensor]()
-        for group in grouped(files.shapes):
-            found |= names.to_model({name: rows.number(name, files.shapes[name]) for name in group})
-        if names.tied and names.tied[1] in found:
-            found.setdefault(names.tied[0], found[names.tied[1]])
+        rows, found = numbered(files, names)
         found = {name: numbers for name, numbers in found.items() if name in wanted or not names.is_ignored(name)}
         missing = _untied(wanted, wanted.keys() - found.keys(), found.keys())
         check_names(directory, missing, found.keys() - wanted.keys())
@@ -66,6 +63,22 @@ def load(model: nn.Module, directory: str | Path, *, progress: bool = True) -> N
         for name in tqdm(found, desc="Reading weights", unit=" tensors", disable=hidden, delay=3, leave=False):
             for part in wanted[name].parts:
                 _fill(part, found[name], rows, files)
+
+
+class Numbered(NamedTuple):
+    """Which rows of a directory's tensors each tensor of the model is made of."""
+
+    rows: Rows
+    found: dict[str, Tensor]
+
+
+def numbered(files: Files, names: HubNames) -> Numbered:
+    rows, found = Rows(), dict[str, Tensor]()
+    for group in grouped(files.shapes):
+        found |= names.to_model({name: rows.number(name, files.shapes[name]) for name in group})
+    if names.tied and names.tied[1] in found:
+        found.setdefault(names.tied[0], found[names.tied[1]])
+    return Numbered(rows, found)
 
 
 def _untied(wanted: dict[str, Whole], missing: Iterable[str], found: Iterable[str]) -> set[str]:
@@ -136,7 +149,7 @@ def save(
     with replacing(directory, moves=_is_first(), barrier=barrier, stale=WEIGHTS) as unfinished:
         if _is_first():
             unfinished.mkdir()
-            _write_config(names, unfinished, like, tied)
+            write_config(names, unfinished, like, tied)
         barrier()
         write(unfinished, hub, Sources(rows, like_tensors, lambda name: wholes[name].gather()), max_shard_size)
 
@@ -160,17 +173,22 @@ def _equal(one: Whole, other: Whole) -> bool:
     return bool(same)
 
 
-def _write_config(names: HubNames, directory: Path, like: str | Path | None, tied: bool) -> None:
+def write_config(names: HubNames, directory: Path, like: str | Path | None, tied: bool) -> None:
+    """All that a directory of the hub has beside weights."""
     if names.save_config:
         names.save_config(directory)
     if like:
-        for pattern in OTHER_FILES:
-            for file in Path(like).glob(pattern):
-                if not (directory / file.name).exists():
-                    shutil.copy(file, directory)
+        copy_other_files(Path(like), directory)
     if names.tied:
         config = json.loads((directory / CONFIG).read_text())
         (directory / CONFIG).write_text(json.dumps(config | {"tie_word_embeddings": tied}, indent=2) + "\n")
+
+
+def copy_other_files(source: Path, directory: Path) -> None:
+    for pattern in OTHER_FILES:
+        for file in source.glob(pattern):
+            if not (directory / file.name).exists():
+                shutil.copy(file, directory)
 
 
 def _is_first() -> bool:

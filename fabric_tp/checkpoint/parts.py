@@ -16,6 +16,8 @@ from fabric_tp.styles.fused_colwise import FusedPart, fused_parameters
 class Part(NamedTuple):
     """A parameter or buffer, and where it lies in the tensor that it is a part of."""
 
+    name: str
+    """In the parallelized model."""
     tensor: Tensor
     dim: int
     start: int
@@ -71,7 +73,7 @@ def whole_tensors(model: nn.Module) -> dict[str, Whole]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         of = fused.get(name, FusedPart(name, 0))
         parts = result.setdefault(of.whole, Whole([])).parts
-        parts.append(Part(tensor, of.dim, sum(part.tensor.shape[of.dim] for part in parts)))
+        parts.append(Part(name, tensor, of.dim, sum(part.tensor.shape[of.dim] for part in parts)))
     return result
 
 

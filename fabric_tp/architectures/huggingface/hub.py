@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from fabric_tp.architectures.hub import HubNames, Tensors
@@ -80,3 +81,10 @@ def _save_config(model: Any, directory: Path) -> None:
     config.save_pretrained(directory)
     if getattr(model, "generation_config", None) is not None and model.can_generate():
         model.generation_config.save_pretrained(directory)
+
+
+def transformers_meta_model(directory: Path) -> nn.Module:
+    import transformers
+
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(directory))

@@ -6,12 +6,14 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from litgpt import Config
 from litgpt.scripts import convert_hf_checkpoint as from_hub
 from litgpt.scripts import convert_lit_checkpoint as to_hub
-from torch import Tensor
+from litgpt.utils import incremental_save, save_config
+from torch import Tensor, nn
 
 from fabric_tp.architectures.hub import HubNames, Tensors
 
@@ -79,3 +81,9 @@ def _convert(config: Config, converter: Callable[..., None], state: dict[str, An
         raise ValueError(
             f"{error} is no tensor of {config.name}, as litgpt's converter knows it. Is it of that model?"
         ) from None
+
+
+def save_lit_model(model: nn.Module, directory: Path, fetch: Callable[[str], Tensor]) -> None:
+    save_config(model.config, directory)  # type: ignore[arg-type]
+    with incremental_save(directory / "lit_model.pth") as saver:
+        saver.save({name: saver.store_early(fetch(name)) for name in model.state_dict()})
