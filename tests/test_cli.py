@@ -6,8 +6,10 @@ from importlib.metadata import entry_points
 
 import pytest
 import torch.distributed as dist
+from litgpt.utils import save_config
 
 from fabric_tp import cli
+from tests.checkpoint.shared_families import config_of, download
 
 
 @pytest.fixture
@@ -35,6 +37,14 @@ def test_estimate(run, tmp_path) -> None:
 
 def test_explain(run) -> None:
     assert "VocabParallelEmbedding" in run("explain", "pythia-14m", "--tensor_parallel_size", "2")
+
+
+def test_convert(run, tmp_path) -> None:
+    download("Llama-3-8B", tmp_path / "hub")
+    save_config(config_of("Llama-3-8B"), tmp_path / "hub")
+    assert "Wrote" in run("convert", str(tmp_path / "hub"), str(tmp_path / "litgpt"), "--to", "litgpt")
+    files = {path.name for path in (tmp_path / "litgpt").iterdir()}
+    assert files >= {"lit_model.pth", "model_config.yaml", "config.json"}
 
 
 def test_mistakes_are_said_in_a_line(run) -> None:

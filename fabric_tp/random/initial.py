@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,30 +20,63 @@ from fabric_tp.styles.fused_colwise import FusedModule
 def initialize(model: nn.Module, device: torch.device, seed: int) -> None:
     """Give every parameter and buffer on the meta device memory and its initial value.
 
-    Each module's own ``reset_parameters()`` runs on its parameters in full size, one module at a time, with a random
-    state made from the seed and the module's name; each rank keeps its shard. So the values are bitwise the same on
-    every mesh, and no rank ever holds more than one whole module.
+    Each module's own ``reset_parameters()``, or what a model of Transformers has in its place, runs on its parameters
+    in full size, one module at a time, with a random state made from the seed and the module's name; each rank keeps
+    its shard. So the values are bitwise the same on every mesh, and no rank ever holds more than one whole module.
 
     Raises:
-        ValueError: A module with parameters or buffers on the meta device has no ``reset_parameters()``.
+        ValueError: A module with parameters or buffers on the meta device has no ``reset_parameters()``, or has one
+            that leaves something out.
     """
     pending = list(_pending(model))
     if not pending:
         return
-    for name, module, _ in pending:
-        if not callable(getattr(module, "reset_parameters", None)):
-            raise ValueError(
-                f"{name or 'The model'} ({type(module).__name__}) is on the meta device and has no reset_parameters()"
-                " to initialise it. Give it one, or create the model on a real device."
-            )
+    resets = {each.name: _reset_of(model, each.name, each.module) for each in pending}
     tied = tied_parameters(model)
     model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
     tie(model, tied)
     devices = [device] if device.type != "cpu" else []
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"), torch.no_grad():
-        for name, module, wanted in pending:
-            torch.manual_seed(mix(seed, name))
-            _reset(module, wanted, device)
+        unset = []
+        for each in pending:
+            torch.manual_seed(mix(seed, each.name))
+            unset += _reset(each, device, resets[each.name])
+    if unset:
+        names = ", ".join([*unset[:3], *["..."][: len(unset[3:])]])
+        warnings.warn(
+            f"Nothing initialises {names}: nan until a checkpoint is loaded. To train from the start, create the model"
+            " on a real device.",
+            stacklevel=2,
+        )
+
+
+class _Pending(NamedTuple):
+    """A module with something on the meta device."""
+
+    name: str
+    module: nn.Module
+    parameters: dict[str, list[tuple[nn.Module, str]]]
+    """Where each of its parameters, by its own name, is now."""
+    buffers: list[str]
+
+
+def _reset_of(model: nn.Module, name: str, module: nn.Module) -> Callable[[], object]:
+    """What gives a module its initial values: of Transformers' models, ``_init_weights`` of the innermost around it.
+
+    That changes what is there, so that a layer of torch has its own initial values first.
+    """
+    own = getattr(module, "reset_parameters", None)
+    parts = name.split(".") if name else []
+    for length in range(len(parts), -1, -1):
+        around = model.get_submodule(".".join(parts[:length]))
+        if callable(init_weights := getattr(around, "_init_weights", None)):
+            return lambda: (own() if callable(own) else None, init_weights(module))
+    if not callable(own):
+        raise ValueError(
+            f"{name or 'The model'} ({type(module).__name__}) is on the meta device and has no reset_parameters()"
+            " to initialise it. Give it one, or create the model on a real device."
+        )
+    return own
 
 
 def shared_seed(mesh: DeviceMesh) -> int:
@@ -58,8 +93,7 @@ def broadcast(tensor: Tensor, mesh: DeviceMesh) -> None:
             dist.broadcast(tensor, group=mesh.get_group(dim), group_src=0)
 
 
-def _pending(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, list[tuple[nn.Module, str]]]]]:
-    """Modules with something on the meta device, and where each of their parameters, by its own name, is now."""
+def _pending(model: nn.Module) -> Iterator[_Pending]:
     parts: set[nn.Module] = set()
     for name, module in model.named_modules():
         if module in parts:
@@ -70,23 +104,57 @@ def _pending(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, list[
             parts.update(holders)
             stored |= {own: [(holder, own) for holder in holders] for own in module.fused_names()}
         wanted = {own: places for own, places in stored.items() if any(m.get_parameter(n).is_meta for m, n in places)}
-        if wanted or any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            yield name, module, wanted
+        buffers = [own for own, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        if wanted or buffers:
+            yield _Pending(name, module, wanted, buffers)
 
 
-def _reset(module: nn.Module, wanted: dict[str, list[tuple[nn.Module, str]]], device: torch.device) -> None:
-    stored = {name: [owner.get_parameter(own) for owner, own in places] for name, places in wanted.items()}
+def _reset(pending: _Pending, device: torch.device, reset: Callable[[], object]) -> list[str]:
+    """Returns the names of parameters that have no value after it."""
+    module = pending.module
+    stored = {name: [owner.get_parameter(own) for owner, own in at] for name, at in pending.parameters.items()}
+    dims = {name: _dim(module, name) if len(parts) > 1 else 0 for name, parts in stored.items()}
     held = dict(module._parameters)
     try:
         for name, parts in stored.items():
-            shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:]) if parts[0].dim() else ()
-            module._parameters[name] = nn.Parameter(torch.empty(shape, dtype=parts[0].dtype, device=device))
-        module.reset_parameters()  # type: ignore[operator]
+            shape = list(parts[0].shape)
+            if len(parts) > 1:
+                shape[dims[name]] = sum(part.shape[dims[name]] for part in parts)
+            module._parameters[name] = nn.Parameter(_unset(torch.empty(shape, dtype=parts[0].dtype, device=device)))
+        for name in pending.buffers:
+            _unset(module.get_buffer(name))
+        reset()
+        for name in pending.buffers:
+            if _is_unset(module.get_buffer(name)):
+                raise ValueError(
+                    f"{name} of {pending.name} is on the meta device, and what initialises a {type(module).__name__}"
+                    " leaves it out. Create the model on a real device."
+                )
         for name, parts in stored.items():
-            whole = module.get_parameter(name).detach()
-            rows = [part.shape[0] for part in parts]
-            for part, values in zip(parts, whole.split(rows) if len(parts) > 1 else [whole], strict=True):
+            whole, dim = module.get_parameter(name).detach(), dims[name]
+            wholes = whole.split([part.shape[dim] for part in parts], dim) if len(parts) > 1 else [whole]
+            for part, values in zip(parts, wholes, strict=True):
                 copy_shard(part, values)
+        return [f"{pending.name}.{name}" for name in stored if _is_unset(module.get_parameter(name))]
     finally:
         module._parameters.clear()
         module._parameters.update(held)
+
+
+def _dim(module: nn.Module, name: str) -> int:
+    return module.parallelized.style.fused_dim(module, name)  # type: ignore[union-attr, operator]
+
+
+def _unset(tensor: Tensor) -> Tensor:
+    """With a value that nothing is initialised to."""
+    if tensor.is_floating_point():
+        return tensor.fill_(torch.nan)
+    return tensor if tensor.dtype == torch.bool or tensor.is_complex() else tensor.fill_(torch.iinfo(tensor.dtype).min)
+
+
+def _is_unset(tensor: Tensor) -> bool:
+    if tensor.is_floating_point():
+        return bool(tensor.isnan().any())
+    if tensor.dtype == torch.bool or tensor.is_complex():
+        return False
+    return bool((tensor == torch.iinfo(tensor.dtype).min).any())

@@ -18,9 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fabric_tp
+from fabric_tp.checkpoint.parts import whole_tensors
 from fabric_tp.shards import gather_shards
 from fabric_tp.styles import Colwise, Replicated
 from fabric_tp.testing.ranks import mesh
+from fabric_tp.testing.small import small_causal
 from tests.models import litgpt_config
 
 MESHES = [(1, 2), (2, 1), (1, 4), (2, 2), (4, 1)]
@@ -50,6 +52,23 @@ def digest(tensor: Tensor) -> str:
 @pytest.mark.parametrize("name", ["Llama-3-8B", "pythia-14m"])
 def test_same_on_every_mesh(pool, name, sizes) -> None:
     assert pool(sizes[0] * sizes[1])(digests, name, sizes, 7) == pool(1)(digests, name, (1, 1), 7)
+
+
+def digests_of_transformers(model_type: str, sizes: tuple[int, int]) -> dict[str, str]:
+    torch.manual_seed(7)
+    real = small_causal(model_type)
+    with torch.device("meta"):
+        model = type(real)(real.config)
+    return {
+        name: digest(whole.gather()) for name, whole in whole_tensors(fabric_tp.auto()(model, mesh(*sizes))).items()
+    }
+
+
+@pytest.mark.swept(lambda p: p["model_type"] != "gpt2")
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "mixtral", "phi3"])
+def test_transformers_own_initial_values(pool, model_type) -> None:
+    """Parts that lie side by side in rows; experts in one parameter."""
+    assert pool(2)(digests_of_transformers, model_type, (1, 2)) == pool(1)(digests_of_transformers, model_type, (1, 1))
 
 
 def test_another_seed_gives_other_parameters(pool) -> None:
