@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -63,20 +64,27 @@ class _Pending(NamedTuple):
 def _reset_of(model: nn.Module, name: str, module: nn.Module) -> Callable[[], object]:
     """What gives a module its initial values: of Transformers' models, ``_init_weights`` of the innermost around it.
 
-    That changes what is there, so that a layer of torch has its own initial values first.
+    What that leaves out, such as a convolution, has torch's.
     """
     own = getattr(module, "reset_parameters", None)
     parts = name.split(".") if name else []
     for length in range(len(parts), -1, -1):
         around = model.get_submodule(".".join(parts[:length]))
         if callable(init_weights := getattr(around, "_init_weights", None)):
-            return lambda: (own() if callable(own) else None, init_weights(module))
+            return partial(_initialize, module, init_weights, own)
     if not callable(own):
         raise ValueError(
             f"{name or 'The model'} ({type(module).__name__}) is on the meta device and has no reset_parameters()"
             " to initialise it. Give it one, or create the model on a real device."
         )
     return own
+
+
+def _initialize(module: nn.Module, init_weights: Callable[[nn.Module], object], own: object) -> None:
+    init_weights(module)
+    if callable(own) and any(_is_unset(parameter) for parameter in module.parameters(recurse=False)):
+        own()
+        init_weights(module)
 
 
 def shared_seed(mesh: DeviceMesh) -> int:
@@ -154,7 +162,7 @@ def _unset(tensor: Tensor) -> Tensor:
 
 def _is_unset(tensor: Tensor) -> bool:
     if tensor.is_floating_point():
-        return bool(tensor.isnan().any())
+        return bool(tensor.detach().sum().isnan())
     if tensor.dtype == torch.bool or tensor.is_complex():
         return False
     return bool((tensor == torch.iinfo(tensor.dtype).min).any())
