@@ -19,10 +19,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, save
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from fabric_tp.checkpoint.atomic import keep_last, replacing
 from fabric_tp.strategy.checkpoints import split
+from fabric_tp.strategy.staging import Staging
 
 REST = "meta.pt"
 """Where Fabric saves what is no model and no optimizer."""
@@ -42,19 +42,14 @@ class Writer:
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._keep, self._moves = keep, dist.get_rank() == 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fabric_tp.save")
-        cuda = torch.cuda.is_available()
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
-            )
-        )
+        self._stage = Staging()
         self._last: tuple[Path, Future[None]] | None = None
 
     def save(self, path: Path, state: Mapping[str, Any]) -> None:
         """Return when the state is copied; it may change from then on."""
         self.wait()
         shared, rest = split(state)
-        staged = self._stager.stage(shared)  # into the memory of the last one
+        staged = self._stage(shared)  # into the memory of the last one
         content = io.BytesIO()
         if self._moves:
             torch.save(rest, content)

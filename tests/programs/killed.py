@@ -75,14 +75,13 @@ if __name__ == "__main__":
     sys.argv = sys.argv[2:]
     sys.path[0] = os.path.dirname(sys.argv[0])
     if int(os.environ["RANK"]) == moment["rank"]:
-        from torch.distributed.checkpoint.staging import DefaultStager
-
         from fabric_tp.strategy import strategy
+        from fabric_tp.strategy.staging import Staging
 
         at = count_down(
             moment["place"], moment["count"], moment["delay"], lambda: kill(Path(moment["pids"]), moment["killed"])
         )
         before(strategy, "clip_grad_norm", lambda: at("training"))
-        before(DefaultStager, "stage", lambda: at("staging"))
+        before(Staging, "__call__", lambda: at("staging"))
         sys.addaudithook(lambda event, arguments: at(place(moment["out_dir"], event, arguments)))
     runpy.run_path(sys.argv[0], run_name="__main__")
