@@ -43,14 +43,12 @@ def main(
         shape: Of the model and the batch.
         tensor_parallel_size: Ranks, of one thread each.
         steps: Steps of each round.
-        rounds: Rounds of each way, after two that do not count: in the first of them the copy's memory is made.
+        rounds: Rounds of each way, after two that do not count: in the first the copy's memory is made.
         folder: On the disk to write to, by default where temporary files are.
         out: A file for the figures, as JSON.
     """
     context = mp.get_context("spawn")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = _free_port()
     pipes = [context.Pipe() for _ in range(tensor_parallel_size)]
     saves: dict[str, list[float]] = {name: [] for name in (AT_ONCE, ASYNC)}
     totals: dict[str, list[float]] = {name: [] for name in WAYS}
@@ -79,6 +77,12 @@ def main(
     setting = {**asdict(shape), "steps": steps}
     report(f"The step that saves takes longer by, on {where}", saves, peer=AT_ONCE, setting=setting, out=out)
     report(f"{steps} steps with a checkpoint, until it is written", totals, peer=NONE, setting=setting, out=None)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _rank(rank: int, size: int, port: int, shape: Shape, steps: int, folder: Path, connection: Connection) -> None:
