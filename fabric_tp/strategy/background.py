@@ -122,10 +122,10 @@ _at_work: set[Writer] = set()
 
 
 def _at_exit() -> None:
-    """Python has waited for the threads by now, but would end as if all were well."""
+    """Python has waited for the threads by now, but would end as if all were well. A fork's are nowhere."""
     for writer in list(_at_work):
         try:
-            writer.wait()
+            writer.raise_if_failed()
         except RuntimeError as error:
             sys.excepthook(type(error), error, error.__traceback__)
             sys.stdout.flush()
