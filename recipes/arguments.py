@@ -19,7 +19,7 @@ from fabric_tp.strategy.launching import Launcher, detect
 
 AT_LEAST_ONE = (
     *("data_parallel_size", "tensor_parallel_size", "global_batch_size", "micro_batch_size", "max_seq_length"),
-    *("max_steps", "log_interval", "eval_interval", "eval_steps", "save_interval"),
+    *("max_steps", "log_interval", "eval_interval", "eval_steps", "save_interval", "keep_last"),
 )
 
 
@@ -98,6 +98,11 @@ class Args(TransformerOptions, BlockOptions):
     """How many global batches of the validation data to use, always the same ones."""
     save_interval: int = 100
     """Save a checkpoint every so many steps."""
+    async_save: bool = False
+    """Train on while a checkpoint is written, from a copy that each process keeps in memory: model and optimizer state
+    once more."""
+    keep_last: int | None = None
+    """Keep so many checkpoints and remove older ones; by default keep all."""
     sample_prompt: str = "def "
     """Text that the model continues in the end."""
     sample_tokens: int = 64

@@ -15,6 +15,7 @@ from torch import nn
 
 import fabric_tp
 from fabric_tp.checkpoint import replacing
+from fabric_tp.checkpoint.atomic import keep_last, remove_leftovers
 
 
 def what_it_continues(args: Args, sizes: Sizes, config: Config) -> dict[str, Any]:
@@ -61,9 +62,11 @@ def check_same_run(checkpoint: Path, saved: dict[str, Any], run: dict[str, Any])
         )
 
 
-def set_aside(out_dir: Path, *, after: int) -> None:
+def set_aside(out_dir: Path, *, after: int, keep: int | None = None) -> None:
     """Move what an earlier run left there, from the step on that this run starts after: nothing is overwritten, and
-    --resume auto never takes a checkpoint of another run for the newest of this one."""
+    --resume auto never takes a checkpoint of another run for the newest of this one. What it was writing or
+    removing when it crashed goes."""
+    remove_leftovers(newest := out_dir / f"step-{after:08d}")
     earlier = [path for path in out_dir.glob("step-*") if int(path.name.removeprefix("step-")) > after]
     if after == 0:
         earlier += [path for path in (out_dir / "final", out_dir / "logs") if path.exists()]
@@ -73,6 +76,8 @@ def set_aside(out_dir: Path, *, after: int) -> None:
         for path in earlier:
             path.rename(target / path.name)
         print(f"Moved {', '.join(path.name for path in earlier)} of an earlier run to {target}")
+    if keep is not None:
+        keep_last(newest, keep)
 
 
 def save_final(fabric: L.Fabric, job: Job, model: nn.Module) -> None:

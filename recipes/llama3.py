@@ -50,6 +50,7 @@ def main(args: Args) -> None:
             save_final(fabric, job, model)
         else:
             fabric.save(path := args.out_dir / f"step-{state['step']:08d}", state)
+            fabric.strategy.wait_until_saved()  # type: ignore[attr-defined]
             fabric.print(f"Stopped after step {state['step']} and saved {path}. Continue with --resume auto")
     if finished:
         print_sample(fabric, job, batches, model)
@@ -78,6 +79,8 @@ def launch(job: Job) -> L.Fabric:
         tensor_parallel_size=job.sizes.tensor_parallel,
         verify_inputs=args.verify_inputs,
         broadcast_inputs=args.broadcast_inputs,
+        async_save=args.async_save,
+        keep_last=args.keep_last,
     )
     fabric = fabric_tp.launch(strategy, launcher=job.launcher, loggers=make_logger(args, job.config))
     if fabric.device.type == "cuda":
@@ -108,7 +111,7 @@ def resume(fabric: L.Fabric, job: Job, state: dict[str, Any]) -> None:
         fabric_tp.checkpoint.litgpt.load(state["model"].module, args.initial_checkpoint_dir / "lit_model.pth")
     if fabric.is_global_zero:
         continues = job.checkpoint is not None and job.checkpoint.parent.resolve() == args.out_dir.resolve()
-        set_aside(args.out_dir, after=state["step"] if continues else 0)
+        set_aside(args.out_dir, after=state["step"] if continues else 0, keep=args.keep_last)
         continue_csv(fabric.logger, args.out_dir, state["step"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ def replacing(path: Path, *, moves: bool, barrier: Callable[[], object], stale: 
         with replacing(path, moves=fabric.is_global_zero, barrier=fabric.barrier) as unfinished:
             fabric_tp.checkpoint.litgpt.save(model, unfinished / "lit_model.pth")
     """
-    unfinished, replaced = path.with_name(f".{path.name}.unfinished"), path.with_name(f".{path.name}.replaced")
+    unfinished, replaced = _hidden(path, "unfinished"), _hidden(path, "replaced")
     if moves:
         restore(path)
         _remove(unfinished)
@@ -49,9 +50,51 @@ def replacing(path: Path, *, moves: bool, barrier: Callable[[], object], stale: 
 
 def restore(path: Path) -> None:
     """Put back what a crash between the two renames of :func:`replacing` has left under another name."""
-    replaced = path.with_name(f".{path.name}.replaced")
+    replaced = _hidden(path, "replaced")
     if replaced.exists() and not path.exists():
         replaced.rename(path)
+
+
+def keep_last(newest: Path, count: int) -> None:
+    """Remove what is numbered as ``newest`` is, such as ``step-00000100``, but for it and the ``count - 1`` before it.
+
+    To be called on one rank, once ``newest`` is whole. What has a higher number stays, and so does everything if the
+    name has no number. A crash leaves nothing half-removed under its name.
+    """
+    remove_leftovers(newest)
+    earlier = [path for path in _numbered_as(newest) if _number(path.name) <= _number(newest.name)]
+    for path in earlier[:-count]:
+        path.rename(removed := _hidden(path, "removed"))
+        _remove(removed)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what crashes have left of ``path`` and of all that is numbered as it is; nobody may be writing these."""
+    for state in ("unfinished", "removed", "replaced"):
+        for leftover in _numbered_as(_hidden(path, state)):
+            if state == "replaced":
+                restore(leftover.with_name(leftover.name.removeprefix(".").removesuffix(f".{state}")))
+            _remove(leftover)
+
+
+def _hidden(path: Path, state: str) -> Path:
+    return path.with_name(f".{path.name}.{state}")
+
+
+def _numbered_as(path: Path) -> list[Path]:
+    """All there is whose path differs from this one in its last number at most, the lowest first."""
+    name = _NUMBER.sub("0", path.name)
+    same = [each for each in path.parent.glob("*") if _NUMBER.sub("0", each.name) == name]
+    return sorted(same, key=lambda each: _number(each.name))
+
+
+def _number(name: str) -> int:
+    found = _NUMBER.search(name)
+    return int(found[0]) if found else -1
+
+
+_NUMBER = re.compile(r"\d+(?=\D*$)", re.ASCII)
+"""The last one in a name."""
 
 
 def _keep_others(old: Path, new: Path, stale: Collection[str]) -> None:

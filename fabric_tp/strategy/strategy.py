@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 from lightning.fabric.plugins import Precision
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.strategies import ModelParallelStrategy
-from lightning.fabric.strategies.strategy import _BackwardSyncControl
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from fabric_tp import random
 from fabric_tp.checkpoint import litgpt
-from fabric_tp.checkpoint.atomic import replacing, restore
+from fabric_tp.checkpoint.atomic import keep_last, replacing, restore
 from fabric_tp.data import Inputs
 from fabric_tp.parallelize import ParallelizeByPlan, auto
 from fabric_tp.strategy import failure
-from fabric_tp.strategy.checkpoints import check_for_unexpected_keys, model_of
+from fabric_tp.strategy.accumulation import GradientSync
+from fabric_tp.strategy.background import Writer
+from fabric_tp.strategy.checkpoints import check_for_unexpected_keys, check_saving, model_of
 from fabric_tp.strategy.clip import clip_grad_norm, clip_grad_value
 from fabric_tp.strategy.launching import resolve_sizes
 from fabric_tp.strategy.optimizer import local
@@ -50,6 +48,12 @@ class TensorParallelStrategy(ModelParallelStrategy):
         tensor_parallel_size: Ranks that split each layer. ``"auto"``: what ``data_parallel_size`` leaves, or all
             processes of a machine.
         save_distributed_checkpoint: Each rank writes its shards into a directory; otherwise rank 0 writes one file.
+        async_save: ``fabric.save`` returns as soon as each rank has copied its shards to memory of the CPU, where the
+            copy stays for the next one, and they are written while the training goes on. The next ``fabric.save`` or
+            ``fabric.load``, :meth:`wait_until_saved` and the end of the script wait for that; if it fails, these and
+            the next optimizer step raise.
+        keep_last: Of checkpoints whose paths differ in a number, such as ``step-00000100``, keep so many: each one
+            saved takes the place of the oldest of those before it. By default all are kept.
         process_group_backend: As in ``ModelParallelStrategy``.
         timeout: As in ``ModelParallelStrategy``.
         verify_inputs: Compare the batches of the ranks of each tensor-parallel group, at the first and at every so
@@ -58,7 +62,9 @@ class TensorParallelStrategy(ModelParallelStrategy):
         fail_together: When a rank dies, the others end within seconds and say which it was, rather than wait for it.
 
     Raises:
-        ValueError: From ``Fabric(...)``, before any process meets another: the sizes do not fit the processes.
+        ValueError: ``async_save`` of one file, or ``keep_last`` below 1. From ``Fabric(...)``, before any process meets
+            another: the sizes do not fit the processes.
+        RuntimeError: From what comes after a checkpoint that could not be written, with the cause.
 
     Example::
 
@@ -75,10 +81,13 @@ class TensorParallelStrategy(ModelParallelStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = timedelta(minutes=30),
         *,
+        async_save: bool = False,
+        keep_last: int | None = None,
         verify_inputs: int = 100,
         broadcast_inputs: bool = False,
         fail_together: bool = True,
     ) -> None:
+        check_saving(async_save, save_distributed_checkpoint, keep_last)
         super().__init__(
             self._parallelize,
             data_parallel_size,
@@ -88,10 +97,12 @@ class TensorParallelStrategy(ModelParallelStrategy):
             timeout,
         )
         self._function = parallelize_fn or auto()
-        self._backward_sync_control = _GradientSync()
+        self._backward_sync_control = GradientSync()
         self._verify_inputs, self._broadcast_inputs = verify_inputs, broadcast_inputs
         self._inputs: Inputs | None = None
         self._fail_together = fail_together
+        self._async_save, self._keep_last = async_save, keep_last
+        self._writer: Writer | None = None
 
     # Processes
 
@@ -166,7 +177,13 @@ class TensorParallelStrategy(ModelParallelStrategy):
         return module
 
     def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
-        """On plain local shards where the optimizer allows it; see :func:`fabric_tp.optimizer.local`."""
+        """On plain local shards where the optimizer allows it; see :func:`fabric_tp.optimizer.local`.
+
+        Raises:
+            RuntimeError: The last checkpoint could not be written.
+        """
+        if self._writer is not None:
+            self._writer.raise_if_failed()
         with local(optimizer):
             return super().optimizer_step(optimizer, **kwargs)
 
@@ -212,12 +229,33 @@ class TensorParallelStrategy(ModelParallelStrategy):
         storage_options: Any = None,
         filter: dict[str, Callable[[str, Any], bool]] | None = None,
     ) -> None:
-        """Save as ``ModelParallelStrategy`` does, and the random states; a crash leaves an older checkpoint whole."""
+        """Save as ``ModelParallelStrategy`` does, and the random states; a crash leaves an older checkpoint whole.
+
+        Raises:
+            RuntimeError: The checkpoint before this one could not be written.
+        """
         path = Path(self.broadcast(path))
         model = next((each for each in state.values() if isinstance(each, nn.Module)), None)
-        own = {} if model is None else {OWN_STATE: {"random": random.get_state(model)}}
+        if model is not None:
+            state = {**state, OWN_STATE: {"random": random.get_state(model)}}
+        if self._async_save and storage_options is None and filter is None:  # which the other way refuses
+            if self._writer is None:
+                self._writer = Writer(self._timeout, self._keep_last)
+            self._writer.save(path, state)
+            return
         with replacing(path, moves=self.is_global_zero, barrier=self.barrier) as unfinished:
-            super().save_checkpoint(unfinished, {**state, **own}, storage_options, filter)
+            super().save_checkpoint(unfinished, state, storage_options, filter)
+        if self._keep_last is not None and self.is_global_zero:
+            keep_last(path, self._keep_last)
+
+    def wait_until_saved(self) -> None:
+        """Wait until the last checkpoint is written; with ``async_save`` it may not be when ``fabric.save`` returns.
+
+        Raises:
+            RuntimeError: It could not be written.
+        """
+        if self._writer is not None:
+            self._writer.wait()
 
     def load_checkpoint(
         self,
@@ -233,6 +271,7 @@ class TensorParallelStrategy(ModelParallelStrategy):
         Raises:
             ValueError: ``strict``, and the checkpoint has keys that the model has not; or there is no checkpoint.
         """
+        self.wait_until_saved()
         path = Path(self.broadcast(path))
         if self.is_global_zero:
             restore(path)
@@ -256,25 +295,3 @@ class TensorParallelStrategy(ModelParallelStrategy):
         if own is not None:
             random.set_state(model_of(state)[1], own["random"])
         return remainder
-
-
-class _GradientSync(_BackwardSyncControl):
-    """Leaves gradient synchronisation as it was on entry; Fabric's own leaves it off after ``enabled=False``."""
-
-    def __init__(self) -> None:
-        self._synchronises: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-
-    @contextmanager
-    def no_backward_sync(self, module: nn.Module, enabled: bool) -> Iterator[None]:
-        before = self._synchronises.get(module, True)
-        self._set(module, not enabled)
-        try:
-            yield
-        finally:
-            self._set(module, before)
-
-    def _set(self, module: nn.Module, synchronises: bool) -> None:
-        self._synchronises[module] = synchronises
-        for part in module.modules():
-            if isinstance(part, FSDPModule):
-                part.set_requires_gradient_sync(synchronises, recurse=False)

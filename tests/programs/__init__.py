@@ -133,10 +133,11 @@ def run_ranks(size: int, arguments: Iterable[object]) -> str:
         return finish(start_ranks(size, arguments, Path(folder) / "output"))
 
 
-def start_ranks(size: int, arguments: Iterable[object], output: Path) -> list[Program]:
+def start_ranks(size: int, arguments: Iterable[object], output: Path, *, within: Iterable[str] = ()) -> list[Program]:
+    """``within`` is a program that runs the recipe, and what it is given before it."""
     same = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"}
     same |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "TORCHELASTIC_RUN_ID": "test"}
-    command = llama3(python(), arguments)
+    command = llama3([*python(), *within], arguments)
     return [start(command, output, **same, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(size)]
 
 

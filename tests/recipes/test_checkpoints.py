@@ -41,6 +41,15 @@ def test_resume_on_another_mesh(folder: Path, run_1x1: Path) -> None:
     torch.testing.assert_close(losses(out_dir), losses(run_1x1)[10:], rtol=1e-4, atol=0)
 
 
+def test_asynchronous_checkpoints_are_the_same_and_old_ones_go(folder: Path, run_1x1: Path) -> None:
+    out_dir = folder / "asynchronous"
+    run_ranks(1, options(out_dir, "--async_save", "true", "--keep_last", 1))
+    assert {path.name for path in out_dir.iterdir()} == {"logs", "final", "step-00000020"}
+    shards = Path("step-00000020") / "__0_0.distcp"
+    assert (out_dir / shards).read_bytes() == (run_1x1 / shards).read_bytes()
+    assert torch.equal(losses(out_dir), losses(run_1x1))
+
+
 def test_a_new_run_moves_an_earlier_one_aside(folder: Path, run_1x1: Path) -> None:
     out_dir = folder / "again"
     shutil.copytree(run_1x1, out_dir)
