@@ -12,15 +12,27 @@ from fabric_tp import _torch
 @torch.no_grad()
 def copy_shard(parameter: Tensor, whole: Tensor) -> None:
     """Copy this rank's part of ``whole`` into ``parameter``; no communication."""
+    local, part = _shards(parameter, whole)
+    local.copy_(part)
+
+
+@torch.no_grad()
+def add_to_shard(parameter: Tensor, whole: Tensor) -> None:
+    """Add this rank's part of ``whole`` to ``parameter``; no communication."""
+    local, part = _shards(parameter, whole)
+    local.add_(part.to(local.device))
+
+
+def _shards(parameter: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+    """This rank's part of ``parameter``, and the same part of ``whole``."""
     if not isinstance(parameter, DTensor):
-        parameter.copy_(whole)
-        return
+        return parameter, whole
     mesh = parameter.device_mesh
     for axis, dim in reversed(_splits(parameter)):
         chunks = whole.chunk(mesh.size(axis), dim)
         rank = mesh.get_local_rank(axis)
         whole = chunks[rank] if rank < len(chunks) else whole.narrow(dim, 0, 0)
-    parameter._local_tensor.copy_(whole)
+    return parameter._local_tensor, whole
 
 
 @torch.no_grad()
