@@ -6,7 +6,6 @@ from typing import Any, get_args
 import psutil
 import torch
 from arguments import Job, parallelization
-from lightning.fabric.utilities import rank_zero_only
 from litgpt import Config
 
 import fabric_tp
@@ -14,9 +13,11 @@ from fabric_tp.measure import Estimate
 from fabric_tp.measure.estimation import Precision
 
 
-@rank_zero_only
 def say_memory(job: Job, config: Config) -> None:
-    """Of each process, in words and numbers; before processes meet, since it needs a process group for itself."""
+    """Of each process, in words and numbers, by the first; before processes meet, since it needs a process group for
+    itself."""
+    if any(os.environ.get(name, "0") != "0" for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")):
+        return
     found = fabric_tp.estimate(
         config,
         parallelization(job.args),

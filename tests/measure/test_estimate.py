@@ -14,7 +14,7 @@ from litgpt.utils import save_config
 from torch import nn
 
 import fabric_tp
-from fabric_tp.architectures.litgpt.config import load_config, make_model
+from fabric_tp.architectures.litgpt.config import load_config, make_model, meta_model
 from fabric_tp.measure.estimation import Precision, estimate
 from fabric_tp.measure.fit import cheapest, fit, least_peak_by_layers
 from fabric_tp.measure.step import count_step, default_dtype
@@ -189,6 +189,14 @@ def test_leaves_no_trace() -> None:
     assert not dist.is_initialized()
     assert torch.get_default_dtype() == torch.float32
     estimated_step("pythia-14m", (1, 2), {})  # and again, with another mesh
+
+
+def test_leaves_no_mesh_behind() -> None:
+    """What is parallelized afterwards, with parameters of the same shapes, is on its own mesh, with its own groups."""
+    for _ in range(2):
+        with fake_mesh(2, 2) as own:
+            model = fabric_tp.litgpt()(meta_model(config_of("pythia-14m")), own)
+            assert all(parameter.device_mesh._get_root_mesh() is own for parameter in model.parameters())
 
 
 def estimate_beside_others() -> None:
