@@ -1,5 +1,6 @@
 """What fine-tuning can be asked for: what pretraining can, other than a model of its own, and adapters."""
 
+from argparse import SUPPRESS
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -64,14 +65,16 @@ class FinetuneArgs(Args):
 def command_line(arguments: list[str] | None = None) -> FinetuneArgs:
     parser = ArgumentParser(default_meta=False, description="Fine-tune a checkpoint with tensor parallelism.")
     parser.add_argument("--config", action=ActionConfigFile, help="Path to a configuration file.")
-    parser.add_argument("checkpoint_dir", nargs="?", type=Path | None, help=" ".join(CHECKPOINT_DIR.split()))
+    parser.add_argument(  # without a default, which would replace what a configuration file says
+        "checkpoint_dir", nargs="?", type=Path | None, default=SUPPRESS, help=" ".join(CHECKPOINT_DIR.split())
+    )
     parser.add_class_arguments(
         FinetuneArgs, as_group=False, as_positional=False, sub_configs=True, skip=OF_THE_CHECKPOINT
     )
     parser.set_defaults({"data": {"class_path": "docstrings.Docstrings"}})  # so that --data.path works without --data
     given = vars(parser.instantiate_classes(parser.parse_args(arguments)))
     options = {each.name: given[each.name] for each in fields(FinetuneArgs) if each.name in given}
-    return FinetuneArgs(initial_checkpoint_dir=given["checkpoint_dir"], **options)
+    return FinetuneArgs(initial_checkpoint_dir=given.get("checkpoint_dir"), **options)
 
 
 def lora_options(args: FinetuneArgs) -> dict[str, Any]:

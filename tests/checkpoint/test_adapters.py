@@ -20,12 +20,12 @@ from fabric_tp.testing.small import LORA, randomize, small_config, small_lora
 from tests.models import LENGTH, VOCABULARY
 
 RANK = 4
-NAMES = ["Llama-3-8B", "pythia-14m", "Gemma-2b", "Mixtral-8x7B-v0.1", "phi-2"]
+NAMES = ["Llama-3-8B", "pythia-14m", "Gemma-2b", "Mixtral-8x7B-v0.1", "phi-2", "SmolLM2-135M"]
 NARROWER = [("Llama-3-8B", "every layer", (2, 2)), ("pythia-14m", "query and value", (1, 2))]
 
 
-def parallelized(name: str, adapted: str, sizes: tuple[int, int]) -> nn.Module:
-    return fabric_tp.litgpt()(small_lora(name, adapted), mesh(*sizes))
+def parallelized(name: str, adapted: str, sizes: tuple[int, int], dtype: torch.dtype = torch.float32) -> nn.Module:
+    return fabric_tp.litgpt()(small_lora(name, adapted).to(dtype), mesh(*sizes))
 
 
 def unparallelized(name: str, adapted: str) -> nn.Module:
@@ -54,8 +54,10 @@ def base_directory(name: str, adapted: str, folder: Path) -> Path:
     return base
 
 
-def load_save_and_merge(name: str, adapted: str, sizes: tuple[int, int], folder: Path, times: int) -> None:
-    model = parallelized(name, adapted, sizes)
+def load_save_and_merge(
+    name: str, adapted: str, sizes: tuple[int, int], folder: Path, times: int, dtype: torch.dtype
+) -> None:
+    model = parallelized(name, adapted, sizes, dtype)
     before = {key: gather_shards(each).clone() for key, each in model.state_dict().items() if "lora_" in key}
     fabric_tp.checkpoint.litgpt.load(model, folder / "base" / "lit_model.pth")
     after = {key: gather_shards(each) for key, each in model.state_dict().items() if "lora_" in key}
@@ -68,7 +70,7 @@ def load_save_and_merge(name: str, adapted: str, sizes: tuple[int, int], folder:
     for _ in range(times):
         fabric_tp.checkpoint.litgpt.merge_adapters(model, unparallelized(name, adapted))
     fabric_tp.checkpoint.litgpt.save(model, folder / "merged.pth", adapters=False)
-    if times == 1:
+    if times == 1 and dtype == torch.float32:
         with torch.no_grad():
             torch.testing.assert_close(whole(model(tokens)), expected, rtol=1e-4, atol=1e-4)
 
@@ -77,9 +79,18 @@ def whole(logits: Tensor) -> Tensor:
     return logits.full_tensor() if hasattr(logits, "full_tensor") else logits
 
 
-def merged_here_and_there(pool, name: str, adapted: str, sizes: tuple[int, int], folder: Path, times: int = 1):
+def merged_here_and_there(
+    pool,
+    name: str,
+    adapted: str,
+    sizes: tuple[int, int],
+    folder: Path,
+    *,
+    times: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[dict[str, Tensor], ...]:
     base_directory(name, adapted, folder)
-    pool(sizes[0] * sizes[1])(load_save_and_merge, name, adapted, sizes, folder, times)
+    pool(sizes[0] * sizes[1])(load_save_and_merge, name, adapted, sizes, folder, times, dtype)
     merge_lora(folder / "final")
     files = (folder / "merged.pth", folder / "final" / "lit_model.pth")
     return tuple(torch.load(file, weights_only=True) for file in files)
@@ -101,6 +112,12 @@ def test_merged_weights_are_bitwise_those_of_litgpt(pool, tmp_path, name, adapte
     assert all(any(part in key for part in ("attn", "mlp", "lm_head")) for key in changed)
     assert len(changed) > 1
     GPT(small_config(name)).load_state_dict(here)
+
+
+def test_merged_weights_in_bf16_are_bitwise_those_of_litgpt(pool, tmp_path) -> None:
+    here, there = merged_here_and_there(pool, "Llama-3-8B", "every layer", (1, 2), tmp_path, dtype=torch.bfloat16)
+    assert differing(here, there) == set()
+    assert {each.dtype for each in here.values()} == {torch.bfloat16}
 
 
 def test_a_wrong_merge_is_noticed(pool, tmp_path) -> None:

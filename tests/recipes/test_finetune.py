@@ -1,5 +1,6 @@
 """Fine-tuning as users start it, from what the pretraining recipe has left; a run serves several tests."""
 
+import re
 import shutil
 from pathlib import Path
 from unittest import mock
@@ -91,8 +92,8 @@ def test_adapters_start_where_the_checkpoint_is(full: Path, adapted: tuple[Path,
 
 def test_output(adapted: tuple[Path, str]) -> None:
     out_dir, output = adapted
-    assert "memory: 0.0" in output
-    assert " parameters" in output
+    memory = r"memory: \d+\.\d MiB for each process at the peak of a step of 4 x 256 tokens, in .* activations"
+    assert re.search(memory, output)
     assert "trained: 0.01 M of 0." in output
     assert "1 x 2 processes (data x tensor parallel, cpu)" in output
     assert output.count(f"{'-' * 20} Return the sum of all numbers in a list.\n") == 1
@@ -129,7 +130,12 @@ def test_litgpt_chats(adapted: tuple[Path, str], capsys: pytest.CaptureFixture[s
 
 def test_hyperparameters_can_be_read_as_a_config(base: Path, adapted: tuple[Path, str]) -> None:
     again = command_line(["--config", str(adapted[0] / "final" / "hyperparameters.yaml")])
-    assert repr(vars(again)) == repr(vars(command_line(finetune_options(base, adapted[0], *LORA))))
+    given = command_line(finetune_options(base, adapted[0], *LORA))
+    assert without_addresses(repr(vars(again))) == without_addresses(repr(vars(given)))
+
+
+def without_addresses(text: str) -> str:
+    return re.sub(r" at 0x\w+", "", text)
 
 
 def test_resume_auto_continues_the_same_losses(folder: Path, base: Path, adapted: tuple[Path, str]) -> None:
@@ -147,7 +153,7 @@ def test_without_a_checkpoint_a_tiny_model_is_trained(folder: Path) -> None:
     out_dir = folder / "tiny"
     given = finetune_options(out_dir, out_dir, *FULL, "--max_steps", 2)[1:]
     output = run_ranks(2, given, "finetune")
-    assert "tiny-llama-3: 1.1 M parameters" in output
+    assert "trained: 1.05 M of 1.0 M parameters" in output
     assert {path.name for path in out_dir.iterdir()} == {"base", "final", "logs"}
     tokenizer = Tokenizer(out_dir / "base")
     assert tokenizer.decode(tokenizer.encode("def f(x):")) == "def f(x):"

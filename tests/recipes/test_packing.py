@@ -5,6 +5,7 @@ import torch
 from data import TextFiles, train_tokenizer
 from litgpt import Tokenizer
 from litgpt.data import JSON, SFTDataset, get_sft_collate_fn
+from litgpt.prompts import Default
 from packing import Packed, PackedSamples, fill_rows
 
 
@@ -26,7 +27,7 @@ def samples(tmp_path: Path, mask_prompt: bool) -> SFTDataset:
     text.write_text("one two three four five " * 50)
     train_tokenizer([text], tmp_path, 280, 10**6)
     data = [{"instruction": "one two", "output": word} for word in ("three", "four", "five five")]
-    return SFTDataset(data, Tokenizer(tmp_path), "default", max_seq_length=64, mask_prompt=mask_prompt)
+    return SFTDataset(data, Tokenizer(tmp_path), Default(), max_seq_length=64, mask_prompt=mask_prompt)
 
 
 @pytest.mark.parametrize("mask_prompt", [True, False])
