@@ -12,7 +12,7 @@ class LowRankHead(LMHead):
         input_layout: As in :class:`LowRankColwise`.
         loss_parallel: As in :class:`LMHead`.
         regather: As in :class:`Colwise`. It has an effect with adapters whose first layer is
-            :func:`fabric_tp.autograd.linear.linear`; any other keeps the gathered input.
+            ``fabric_tp.autograd.linear.linear``; any other keeps the gathered input.
 
     =============== ============= =========== ====== ======== =========== =========== ============== ===============
     input_layout    loss_parallel x           lora_A lora_B   y           forward     backward       gradient
