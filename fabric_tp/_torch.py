@@ -14,12 +14,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily as unset_fake_temporarily
 from torch.distributed._composable import checkpoint as checkpoint  # composable: leaves parameter names alone
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
 Subclass = TypeVar("Subclass", bound=Tensor)
+
+
+def forget_meshes() -> None:
+    """Empty the caches of DTensor's operations: they give their results the mesh of an earlier operation on an equal
+    one, whose process groups may be gone."""
+    _clear_sharding_prop_cache()
 
 
 def start_all_gather(x: Tensor, group_size: int, group_name: str) -> Tensor:

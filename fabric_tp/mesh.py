@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils._pytree import tree_leaves
 
+from fabric_tp import _torch
 from fabric_tp._torch import FakeTensor, FakeTensorMode, TorchDispatchMode, unset_fake_temporarily
 
 DATA_PARALLEL, TENSOR_PARALLEL = "data_parallel", "tensor_parallel"
@@ -42,6 +43,7 @@ def fake_mesh(data_parallel_size: int, tensor_parallel_size: int, device_type: s
         yield init_device_mesh(device_type, shape, mesh_dim_names=(DATA_PARALLEL, TENSOR_PARALLEL))
     finally:
         dist.destroy_process_group()
+        _torch.forget_meshes()
 
 
 @contextmanager

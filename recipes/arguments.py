@@ -138,7 +138,8 @@ class Sizes:
 class Job:
     """All that is known before processes meet."""
 
-    args: Args
+    args: Any
+    """`Args`, or those of a recipe that has more."""
     launcher: Launcher
     sizes: Sizes
     config: Config

@@ -1,5 +1,6 @@
 """What a run leaves in its out_dir: checkpoints, which may or may not be this run's, and the final model."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 from arguments import Args, Job, Sizes, command_line, tokenizer_folder
-from jsonargparse import capture_parser
+from jsonargparse import Namespace, capture_parser
 from litgpt import Config, PromptStyle
 from litgpt.prompts import save_prompt_style
 from litgpt.utils import copy_config_files, save_config
@@ -57,8 +58,8 @@ def check_same_run(checkpoint: Path, saved: dict[str, Any], run: dict[str, Any])
     if different:
         changes = ", ".join(f"{key} {old.get(key)!r} (now {new[key]!r})" for key in different)
         raise ValueError(
-            f"{checkpoint} was made with {changes}. Use the same to continue it, or start a new run from its weights"
-            " with --initial_checkpoint_dir."
+            f"{checkpoint} was made with {changes}. Use the same to continue it, or start a new run from the weights in"
+            " a final/ directory."
         )
 
 
@@ -82,13 +83,30 @@ def set_aside(out_dir: Path, *, after: int, keep: int | None = None) -> None:
 
 def save_final(fabric: L.Fabric, job: Job, model: nn.Module) -> None:
     """The files that litgpt's commands expect."""
-    args = job.args
-    with replacing(args.out_dir / "final", moves=fabric.is_global_zero, barrier=fabric.barrier) as unfinished:
+    with replacing(job.args.out_dir / "final", moves=fabric.is_global_zero, barrier=fabric.barrier) as unfinished:
         fabric_tp.checkpoint.litgpt.save(model, unfinished / "lit_model.pth")
-        if not fabric.is_global_zero:
-            return
-        copy_config_files(tokenizer_folder(args) or args.data.tokenizer_dir, unfinished)  # type: ignore[attr-defined]
-        save_config(job.config, unfinished)
-        save_prompt_style(getattr(args.data, "prompt_style", PromptStyle.from_config(job.config)), unfinished)
-        parser = capture_parser(command_line)
-        parser.save(parser.parse_args(), unfinished / "hyperparameters.yaml", overwrite=True)
+        if fabric.is_global_zero:
+            save_beside(job, unfinished, command_line)
+
+
+def save_beside(job: Job, folder: Path, command_line: Callable[[], Any], **changes: object) -> None:
+    """Whatever else litgpt's commands expect beside the weights: config, tokenizer, prompt style and hyperparameters.
+
+    Args:
+        command_line: The recipe's.
+        changes: Of hyperparameters, by their names.
+    """
+    args = job.args
+    copy_config_files(tokenizer_folder(args) or args.data.tokenizer_dir, folder)  # type: ignore[attr-defined]
+    save_config(job.config, folder)
+    save_prompt_style(prompt_style(job), folder)
+    parser = capture_parser(command_line)
+    given = parser.parse_args()
+    given.update(Namespace(**changes))
+    parser.save(given, folder / "hyperparameters.yaml", overwrite=True)
+
+
+def prompt_style(job: Job) -> PromptStyle:
+    """That of instruction data, or else the model's."""
+    style = getattr(job.args.data, "prompt_style", PromptStyle.from_config(job.config))
+    return PromptStyle.from_name(style) if isinstance(style, str) else style

@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from arguments import Args
-from litgpt import GPT, Config
+from litgpt import GPT, Config, lora
 from litgpt.config import name_to_config
 from torch import nn
 
@@ -69,7 +69,7 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 
 def make_model(args: Args, config: Config) -> GPT:
-    model = GPT(config)
+    model = lora.GPT(config) if isinstance(config, lora.Config) else GPT(config)
     if args.dropout:
         for block in model.transformer.h:  # type: ignore[union-attr]
             # litgpt has no dropout. Here is where other models have theirs, and where nothing is unless the model has

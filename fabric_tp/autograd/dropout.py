@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from fabric_tp.autograd.recompute import Recomputable, producer_of, recompute
+
 CHUNK = {"cpu": 2**17, "cuda": 2**25}
 """Elements whose bits are computed at once: they are to stay in a CPU's cache, and to fill a GPU."""
 
@@ -49,14 +51,15 @@ class Mask:
 def dropout(x: Tensor, mask: Mask, *, inplace: bool = False) -> Tensor:
     """``x`` with the mask's elements set to zero and all others divided by ``1 - rate``.
 
-    Keeps nothing for the backward, which computes the mask again.
+    Keeps nothing for the backward, which computes the mask again. Where ``x`` can be recomputed, so can the result.
 
     Args:
         x: ``(n, ...)``.
         mask: The elements to drop, of a tensor of this shape.
         inplace: Write into ``x`` and return it.
     """
-    return _Dropout.apply(x, mask, inplace)
+    producer = None if inplace else producer_of(x)
+    return _Dropout.apply(x, mask, inplace) if producer is None else _RecomputableDropout.apply(x, mask, producer)
 
 
 def dropped(shape: torch.Size, mask: Mask, device: torch.device) -> Tensor:
@@ -73,6 +76,23 @@ class _Dropout(Function):
             return _drop(x, mask)
         ctx.mark_dirty(x)
         return x.copy_(_drop(x, mask))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _Dropout.apply(grad, ctx.mask, False), None, None
+
+
+class _RecomputableDropout(Recomputable):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Mask, producer: Any) -> Tensor:
+        ctx.mask, ctx.producer = mask, producer
+        y = _drop(x, mask)
+        ctx.version = y._version
+        return y
+
+    @staticmethod
+    def recompute(ctx: Any) -> Tensor:
+        return _drop(recompute(ctx.producer), ctx.mask)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -29,13 +29,15 @@ What holds, each with a test of its name:
     they returned. So each part of G is there when ``_Enter`` is asked for the gradient of x.
 2.  *The counter decides when, not what.* ``uses`` counts the layers that took e in the forward, ``done`` those that
     this backward has come to. When they are equal the sum starts, before the last gradient of a weight. Where they
-    never are, since a layer does not reach the loss or ran under ``no_grad``, ``_Enter`` starts it.
+    never are, since a layer does not reach the loss or ran under ``no_grad``, ``_Enter`` starts it; and where all their
+    weights are frozen, and nothing runs beside the sum.
 3.  *Backwards are apart.* What is shared belongs to the backward of one number. The next one over the same graph (which
     was retained, has two losses, or ended in an exception) starts from nothing.
 4.  *Without Enter nothing is shared.* A backward that does not come to ``_Enter`` (``torch.autograd.grad`` of weights)
     computes no G and no sum, and each layer recomputes e for itself.
-5.  *Others go through autograd.* All else that uses e returns its gradient as usual, layers whose weights are frozen
-    too: they have no product to run beside the sum. ``_Enter`` sums what autograd hands it by itself: two sums at most.
+5.  *Others go through autograd.* All else that uses e returns its gradient as usual. ``_Enter`` sums what autograd
+    hands it by itself: two sums at most. Layers whose weights are frozen add to G as others do, and never ask for e:
+    a frozen layer and the low-rank adapter around it have one sum.
 6.  *Who watches e sees its gradient.* Layers that take an e with hooks, or whose gradient is retained, return theirs.
     Otherwise autograd knows of those in 5 only, so that ``torch.autograd.grad`` with respect to e does not work.
 7.  *A node in between makes a layer a plain one.* Behind a view, an operation in place or a module's backward hook
@@ -129,7 +131,9 @@ class SharedInput:
 
     def __init__(self) -> None:
         self.uses = 0
-        """Layers with a weight that trains which took it."""
+        """Layers which took it."""
+        self.readers = 0
+        """Those of them with a weight that trains, whose gradient needs it."""
         self.backward = -1
         self.clear()
 
@@ -140,7 +144,7 @@ class SharedInput:
             self.clear()
 
     def clear(self) -> None:
-        self.done = 0
+        self.done = self.read = 0
         self.input: Callable[[], Tensor] | None = None
         """Waits for it."""
         self.grad: Tensor | None = None
@@ -207,9 +211,10 @@ class _Linear(Function):
         ctx.producer, ctx.dtype, ctx.shape = producer, x.dtype, x.shape
         ctx.weights, ctx.versions = weights, [weight._version for weight in weights]
         ctx.trains = any(ctx.needs_input_grad[3 : 3 + count])
-        ctx.shared_input = _shared_input(x, producer) if ctx.trains else None
+        ctx.shared_input = _shared_input(x, producer)
         if ctx.shared_input is not None:
             ctx.shared_input.uses += 1
+            ctx.shared_input.readers += ctx.trains
         if producer is None and ctx.trains:
             ctx.save_for_backward(x)
         return F.linear(x, _joined(weights), _joined(biases) if biases else None)
@@ -237,11 +242,12 @@ def _shared_input(x: Tensor, producer: Any) -> SharedInput | None:
     return producer.shared_input
 
 
-def _share_gradient(ctx: Any, rows: Tensor) -> Tensor:
-    """Add to the gradient of a shared input, start its sum if this is the last part of it; return the input."""
+def _share_gradient(ctx: Any, rows: Tensor) -> Tensor | None:
+    """Add to the gradient of a shared input, start its sum if this is the last part of it; return the input, if the
+    gradient of a weight needs it."""
     shared = ctx.shared_input
     shared.begin()
-    if shared.input is None:
+    if ctx.trains and shared.input is None:
         shared.input = _start_input(ctx.producer)
     if shared.grad is None:
         shared.grad = _input_gradient(ctx, rows)
@@ -250,11 +256,13 @@ def _share_gradient(ctx: Any, rows: Tensor) -> Tensor:
     else:
         _rows(shared.grad).add_(rows @ _weight(ctx, rows.dtype))
     shared.done += 1
-    last = shared.done == shared.uses
-    if last:
+    if shared.done == shared.uses and shared.readers:
         shared.sum, shared.grad = _start_sum(ctx.producer, shared.grad), None
+    if not ctx.trains:
+        return None
     x = shared.input()
-    shared.input = None if last else lambda: x
+    shared.read += 1
+    shared.input = None if shared.read == shared.readers else lambda: x
     return x
 
 

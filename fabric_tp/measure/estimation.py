@@ -104,7 +104,8 @@ def estimate(
     compiled ones keep as much, and without sequence parallelism also outputs of norms. Experts get equally many tokens.
 
     Args:
-        model: A name that litgpt knows (``"Llama-3-8B"``), a checkpoint directory, or a config.
+        model: A name that litgpt knows (``"Llama-3-8B"``), a checkpoint directory, or a config. With a
+            ``litgpt.lora.Config`` only the low-rank adapters are trained.
         parallelize: What the strategy will be given; ``fabric_tp.litgpt()`` by default.
         tensor_parallel_size: Ranks over which each layer is split.
         data_parallel_size: Ranks of FSDP2.

@@ -15,6 +15,7 @@ from fabric_tp.plan.found import (
     FoundBlock,
     FoundExperts,
     FoundTransformer,
+    Linear,
 )
 from fabric_tp.plan.inspection import inspect_feed_forwards, inspect_transformer
 from fabric_tp.plan.layers import (
@@ -82,22 +83,23 @@ def derive_plan(
     before_head = layout
     if architecture.measures_output and options.sequence_parallel:
         plan[architecture.norm], before_head = GatherOutput(), "replicate"
-    if found.head.base:
-        head: LMHead = LowRankHead(before_head, loss_parallel=options.loss_parallel)
-    else:
-        head = LMHead(
-            before_head, regather=options.regather, loss_parallel=options.loss_parallel, fused_loss=options.fused_loss
-        )
-    if found.head.down:
-        raise ValueError(
-            f"{found.head.name}, the head, has an adapter of which no style splits the parts. Leave it out."
-        )
-    plan |= {found.head.name: head, **({found.head.base: COLWISE} if found.head.base else {})}
+    plan |= _head(found.head, before_head, options)
     for name, inner in found.whole.items():  # all ranks see the same and compute the same, random numbers included
         reads = tuple(path.removeprefix(f"{name}.") for path in inner if path != name)
         plan |= {**dict.fromkeys(inner, Replicated()), name: RandomReplicated(reads=reads)}
     plan |= dict.fromkeys(found.whole_dropouts.rates, Dropout())
     return plan | outer_dropouts(architecture, found.dropouts, layout, measured and tensor_parallel_size > 1)
+
+
+def _head(head: Linear, layout: Layout | None, options: TransformerOptions) -> Plan:
+    """An adapter that changes nothing leaves all to the layer within it."""
+    if head.down:
+        raise ValueError(f"{head.name}, the head, has an adapter of which no style splits the parts. Leave it out.")
+    loss_parallel, regather = options.loss_parallel, options.regather
+    if head.base and head.low_rank:
+        return {head.name: LowRankHead(layout, loss_parallel=loss_parallel, regather=regather), head.base: COLWISE}
+    style = LMHead(layout, regather=regather, loss_parallel=loss_parallel, fused_loss=options.fused_loss)
+    return {head.base or head.name: style}
 
 
 def _check_balance(architecture: Architecture, found: FoundTransformer, model: nn.Module) -> None:

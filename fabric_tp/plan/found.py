@@ -19,6 +19,8 @@ class Linear:
     out_features: int
     base: str | None
     """The layer within the adapter, if it is one."""
+    low_rank: tuple[str, ...] = ()
+    """The parameters of the adapter itself: one that changes nothing has none."""
     down: tuple[str, ...] = ()
     up: tuple[str, ...] = ()
     """The adapter's own two matrices, where they are linear layers in it, one of each for every adapter."""

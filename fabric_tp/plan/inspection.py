@@ -187,7 +187,8 @@ class _Inspector:
     def linear(self, module: nn.Module, name: str) -> Linear:
         base = self.base(module, name)
         layer = module.get_submodule(base or name)
-        return Linear(name, *features(layer), base, *self.adapters(module, name, base))
+        low_rank = own(module.get_submodule(name), (DOWN, UP)) if base else ()
+        return Linear(name, *features(layer), base, low_rank, *self.adapters(module, name, base))
 
     def fused(self, owner: Attention | FeedForward, module: nn.Module, name: str) -> FusedLinear:
         described, base = owner.fused[name], self.base(module, name)

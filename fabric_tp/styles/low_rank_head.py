@@ -11,6 +11,8 @@ class LowRankHead(LMHead):
     Args:
         input_layout: As in :class:`LowRankColwise`.
         loss_parallel: As in :class:`LMHead`.
+        regather: As in :class:`Colwise`. It has an effect with adapters whose first layer is
+            ``fabric_tp.autograd.linear.linear``; any other keeps the gathered input.
 
     =============== ============= =========== ====== ======== =========== =========== ============== ===============
     input_layout    loss_parallel x           lora_A lora_B   y           forward     backward       gradient
@@ -30,8 +32,10 @@ class LowRankHead(LMHead):
         plan = {"lm_head": LowRankHead(), "lm_head.linear": Colwise(None)}
     """
 
-    def __init__(self, input_layout: Layout | None = "replicate", *, loss_parallel: bool = True) -> None:
-        super().__init__(input_layout, loss_parallel=loss_parallel, regather=False)
+    def __init__(
+        self, input_layout: Layout | None = "replicate", *, loss_parallel: bool = True, regather: bool = False
+    ) -> None:
+        super().__init__(input_layout, loss_parallel=loss_parallel, regather=regather)
 
     placements = LowRankColwise.placements
     partial = LowRankColwise.partial

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fabric_tp
 from fabric_tp.architectures import recognise
+from fabric_tp.loss.deferred import DeferredLogits
 from fabric_tp.testing import next_token_loss
 from fabric_tp.testing.parity import TOLERANCE
 from fabric_tp.testing.ranks import mesh
@@ -115,6 +116,68 @@ def test_frozen_layers_keep_no_input(pool, frozen, options) -> None:
     kept = pool(2)(kept_inputs, frozen, options)
     assert len(kept) == 2 * 3
     assert set(kept.values()) == {not frozen}, kept
+
+
+def kept_whole(options: dict[str, Any], dropout: float) -> set[str]:
+    """Adapters whose gathered input, or what their dropout made of it, is kept for the backward."""
+    model = small_lora("Llama-3-8B", "query and value", lora_dropout=dropout, n_layer=3)
+    model = fabric_tp.litgpt(**options)(model, mesh(1, 2))
+    kept: set[int] = set()
+    inputs: dict[str, Tensor] = {}  # alive until the end, so that no address is used twice
+    for name, module in model.named_modules():
+        if name.endswith("attn.qkv"):
+            module.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
+        if name.endswith("attn.qkv.lora_dropout"):
+            module.register_forward_hook(lambda _, args, y, name=name: inputs.update({name: y}))
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(torch.zeros(2, LENGTH, dtype=torch.int64))
+    assert len(inputs) == (6 if dropout else 3)
+    return {name for name, x in inputs.items() if x.untyped_storage().data_ptr() in kept}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_adapters_keep_no_gathered_input(pool, dropout) -> None:
+    """Other than in the first block, whose input has no gradient: nothing in the backward asks for it again."""
+    first = "transformer.h.0.attn.qkv"
+    kept = pool(2)(kept_whole, {}, dropout)
+    assert kept == {f"{first}.lora_dropout" if dropout else first}
+    assert len(pool(2)(kept_whole, {"regather": False}, dropout)) == 3
+
+
+def kinds_of_parameters(sizes: tuple[int, int]) -> dict[str, bool]:
+    """For each parameter, whether it has a gradient after a backward and, which is the same, a state of AdamW."""
+    model = fabric_tp.litgpt()(small_lora("Llama-3-8B", "query and value"), mesh(*sizes))
+    optimizer = torch.optim.AdamW(model.parameters())
+    tokens = torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+    next_token_loss(model(tokens), tokens).backward()
+    optimizer.step()
+    states = {id(parameter) for parameter in optimizer.state}
+    parameters = dict(model.named_parameters())
+    assert all((id(parameter) in states) == (parameter.grad is not None) for parameter in parameters.values())
+    return {name: parameter.grad is not None for name, parameter in parameters.items()}
+
+
+@pytest.mark.parametrize("sizes", [(1, 2), (2, 1)], ids=str)
+def test_frozen_weights_have_no_gradient_and_no_state(pool, sizes) -> None:
+    found = pool(2)(kinds_of_parameters, sizes)
+    assert {name for name, has_both in found.items() if has_both} == {name for name in found if "lora_" in name}
+
+
+@pytest.mark.parametrize("adapted", LORA)
+def test_fused_loss(pool, adapted) -> None:
+    """A head without an adapter of its own is fused with the loss; one with an adapter is not, and equal too."""
+    assert_equal(pool, partial(small_lora, "Llama-3-8B", adapted), fabric_tp.litgpt(fused_loss=True), (1, 2))
+    assert pool(2)(fuses_loss, adapted) == (adapted != "every layer")
+
+
+def fuses_loss(adapted: str) -> bool:
+    model = fabric_tp.litgpt(fused_loss=True)(small_lora("Llama-3-8B", adapted), mesh(1, 2))
+    return isinstance(model(torch.zeros(2, LENGTH, dtype=torch.int64)), DeferredLogits)
 
 
 def train_and_merge(name: str, adapted: str, directory: Path) -> None:

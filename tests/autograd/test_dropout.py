@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fabric_tp.autograd import dropout as masks
 from fabric_tp.autograd.dropout import Mask, dropout, dropped
+from fabric_tp.autograd.linear import linear
+from fabric_tp.autograd.norms import rms_norm
 from fabric_tp.seeds import mix
 
 SHAPE = torch.Size((8, 64, 512))
@@ -164,6 +168,23 @@ def test_nothing_is_kept_for_the_backward() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         dropout(torch.randn(4, 6, requires_grad=True), mask_of(0.4, "a"))
     assert not kept
+
+
+def test_result_can_be_recomputed_where_the_input_can() -> None:
+    x, weight = torch.randn(4, 6, requires_grad=True), torch.randn(5, 6, requires_grad=True)
+    norm_weight = torch.ones(6)
+
+    def gradients(normed: Tensor, last: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(last(dropout(normed, mask_of(0.4, "a"))).square().sum(), (x, weight))
+
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        found = gradients(rms_norm(x, norm_weight, 1e-5), lambda y: linear(y, [weight]))
+    expected = gradients(F.rms_norm(x, (6,), norm_weight, 1e-5), lambda y: F.linear(y, weight))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    dropped_values = dropout(F.rms_norm(x, (6,), norm_weight, 1e-5), mask_of(0.4, "a"))
+    assert not any(each.shape == x.shape and torch.allclose(each, dropped_values) for each in kept)
 
 
 def test_empty() -> None:

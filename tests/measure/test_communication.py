@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import fabric_tp
 from fabric_tp.testing.ranks import mesh
+from fabric_tp.testing.small import small_lora
 from tests.models import LENGTH, VOCABULARY, litgpt_config
 
 Counts = dict[str, int]
@@ -156,6 +157,25 @@ def test_activation_checkpointing_of_a_parallel_residual(pool, kind) -> None:
     """The one reduction of a block comes last."""
     _, _, backward = pool(2)(count, {"activation_checkpointing": kind}, 3, "falcon-7b", 2)
     assert backward == {"RS": 4, "AG": 4 + 3, "AR": 1}
+
+
+def count_with_adapters(layers: int, options: dict[str, Any]) -> Counts:
+    model = fabric_tp.litgpt(**options)(small_lora("Llama-3-8B", "query and value", n_layer=layers), mesh(1, 2))
+    tokens = torch.randint(VOCABULARY, (2, LENGTH))
+    loss = fabric_tp.cross_entropy(model(tokens), tokens)
+    with Collectives() as backward:
+        loss.backward()
+    return backward.counts
+
+
+@pytest.mark.parametrize("regather", [True, False])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_adapters(pool, layers, regather) -> None:
+    """What is frozen has no gradient: no sum of norms', no gather for linear layers', and nothing below the first
+    adapter. An adapter and the layer in it sum the gradient of their input once, and gather it once more."""
+    backward = pool(2)(count_with_adapters, layers, {"regather": regather})
+    gathered_again = layers - 1 if regather else 0
+    assert backward == {"RS": 2 * layers, "AG": 2 * layers + gathered_again, "AR": 1}
 
 
 def test_one_rank_is_silent(pool) -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import fields
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from litgpt import GPT
+from litgpt import GPT, Config, lora
 from litgpt.utils import save_config
 from torch import nn
 
 import fabric_tp
-from fabric_tp.architectures.litgpt.config import load_config
+from fabric_tp.architectures.litgpt.config import load_config, make_model, meta_model
 from fabric_tp.measure.estimation import Precision, estimate
 from fabric_tp.measure.fit import cheapest, fit, least_peak_by_layers
 from fabric_tp.measure.step import count_step, default_dtype
@@ -27,12 +28,21 @@ LENGTH, BATCH = 64, 2
 WIDE = {"n_layer": 3, "n_embd": 128, "head_size": 16, "intermediate_size": 192}
 
 
+ADAPTERS = {"lora_r": 8, "lora_dropout": 0.1, "lora_query": True, "lora_value": True, "lora_mlp": True}
+
+
+def config_of(name: str, adapted: bool = False) -> Config:
+    config = litgpt_config(name, **WIDE)
+    given = {each.name: getattr(config, each.name) for each in fields(config) if each.init}
+    return lora.Config(**given, **ADAPTERS) if adapted else config
+
+
 def real_step(
-    name: str, sizes: tuple[int, int], options: dict[str, Any], precision: Precision
+    name: str, sizes: tuple[int, int], options: dict[str, Any], precision: Precision, adapted: bool = False
 ) -> tuple[int, dict, dict]:
     """Peak and kinds of memory of a rank, and bytes that it sends by dimension of the mesh."""
     options = {**options, **({"mixed_precision": "bf16-mixed"} if precision == "bf16-mixed" else {})}
-    model: nn.Module = GPT(litgpt_config(name, **WIDE))
+    model: nn.Module = make_model(config_of(name, adapted))
     if precision == "bf16-true":
         model.to(torch.bfloat16)
     model.reset_parameters()  # type: ignore[operator]
@@ -83,9 +93,40 @@ def test_estimate_is_what_a_real_step_needs(pool, name, sizes, options, precisio
     assert {axis: estimated.sent(axis) for axis in sent} == sent
 
 
-def estimated_step(name: str, sizes: tuple[int, int], options: dict[str, Any], precision: Precision = "32-true") -> Any:
+@pytest.mark.swept(lambda p: p["sizes"] != (2, 2))
+@pytest.mark.parametrize("sizes", [(1, 2), (2, 1), (2, 2)], ids=str)
+def test_estimate_of_adapters(pool, sizes) -> None:
+    """Frozen weights have no gradients and no state, send none, and keep nothing."""
+    options = {"fused_loss": True}
+    peak, most, sent = pool(sizes[0] * sizes[1])(real_step, "Llama-3-8B", sizes, options, "32-true", True)
+    estimated = estimated_step("Llama-3-8B", sizes, options, adapted=True)
+    assert estimated.memory.peak == pytest.approx(peak, rel=0.03)
+    model = make_model(config_of("Llama-3-8B", True))
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert estimated.least["gradients"] == pytest.approx(4 * trained / (sizes[0] * sizes[1]), rel=0.01)
+    for kind in ("parameters", "gradients", "optimizer state", "activations"):
+        assert estimated.memory.most[kind] == pytest.approx(most[kind], rel=0.03), kind
+    assert {axis: estimated.sent(axis) for axis in sent} == sent
+    whole = estimated_step("Llama-3-8B", sizes, options)
+    for kind in ("gradients", "optimizer state"):
+        assert estimated.memory.most[kind] < 0.3 * whole.memory.most[kind], kind
+    scattered = [
+        sum(each.sent for each in found.collectives if (each.axis, each.kind) == ("data_parallel", "reduce-scatter"))
+        for found in (estimated, whole)
+    ]
+    assert sizes[0] == 1 or 0 < scattered[0] < 0.3 * scattered[1]
+
+
+def estimated_step(
+    name: str,
+    sizes: tuple[int, int],
+    options: dict[str, Any],
+    precision: Precision = "32-true",
+    *,
+    adapted: bool = False,
+) -> Any:
     return estimate(
-        litgpt_config(name, **WIDE),
+        config_of(name, adapted),
         fabric_tp.litgpt(**options),
         data_parallel_size=sizes[0],
         tensor_parallel_size=sizes[1],
@@ -150,6 +191,14 @@ def test_leaves_no_trace() -> None:
     assert not dist.is_initialized()
     assert torch.get_default_dtype() == torch.float32
     estimated_step("pythia-14m", (1, 2), {})  # and again, with another mesh
+
+
+def test_leaves_no_mesh_behind() -> None:
+    """What is parallelized afterwards, with parameters of the same shapes, is on its own mesh, with its own groups."""
+    for _ in range(2):
+        with fake_mesh(2, 2) as own:
+            model = fabric_tp.litgpt()(meta_model(config_of("pythia-14m")), own)
+            assert all(parameter.device_mesh._get_root_mesh() is own for parameter in model.parameters())
 
 
 def estimate_beside_others() -> None:

@@ -117,27 +117,29 @@ def torchrun(processes: int) -> list[str]:
     return ["torchrun", "--standalone", "--nproc_per_node", str(processes)]
 
 
-def llama3(launcher: list[str], arguments: Iterable[object]) -> list[str]:
-    return [*launcher, str(RECIPES / "llama3.py"), *map(str, arguments)]
+def llama3(launcher: list[str], arguments: Iterable[object], recipe: str = "llama3") -> list[str]:
+    return [*launcher, str(RECIPES / f"{recipe}.py"), *map(str, arguments)]
 
 
-def run(launcher: list[str], arguments: Iterable[object]) -> str:
+def run(launcher: list[str], arguments: Iterable[object], recipe: str = "llama3") -> str:
     """What the recipe prints when it is started so."""
     with TemporaryDirectory() as folder:
-        return finish([start(llama3(launcher, arguments), Path(folder) / "output")])
+        return finish([start(llama3(launcher, arguments, recipe), Path(folder) / "output")])
 
 
-def run_ranks(size: int, arguments: Iterable[object]) -> str:
+def run_ranks(size: int, arguments: Iterable[object], recipe: str = "llama3") -> str:
     """The same with processes that are there already, as those of torchrun find themselves."""
     with TemporaryDirectory() as folder:
-        return finish(start_ranks(size, arguments, Path(folder) / "output"))
+        return finish(start_ranks(size, arguments, Path(folder) / "output", recipe))
 
 
-def start_ranks(size: int, arguments: Iterable[object], output: Path, *, within: Iterable[str] = ()) -> list[Program]:
+def start_ranks(
+    size: int, arguments: Iterable[object], output: Path, recipe: str = "llama3", *, within: Iterable[str] = ()
+) -> list[Program]:
     """``within`` is a program that runs the recipe, and what it is given before it."""
     same = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"}
     same |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "TORCHELASTIC_RUN_ID": "test"}
-    command = llama3([*python(), *within], arguments)
+    command = llama3([*python(), *within], arguments, recipe)
     return [start(command, output, **same, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(size)]
 
 

@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 
 import torch
-from litgpt import GPT, Config
+from litgpt import GPT, Config, lora
 from litgpt.config import configs
 
 
@@ -32,15 +32,25 @@ def load_config(model: str | Path | Config) -> Config:
     return Config.from_name(name)
 
 
+def make_model(config: Config) -> GPT:
+    """A ``litgpt.GPT``, or with a ``litgpt.lora.Config`` whose ``lora_r`` is above 0 the model whose low-rank adapters
+    alone are trained."""
+    if not isinstance(config, lora.Config) or config.lora_r == 0:
+        return GPT(config)
+    model = lora.GPT(config)
+    lora.mark_only_lora_as_trainable(model)
+    return model
+
+
 def meta_model(config: Config) -> GPT:
     """A model without memory."""
     with torch.device("meta"):
-        return GPT(config)
+        return make_model(config)
 
 
 def model_for_length(config: Config, length: int) -> GPT:
     """A model whose rotary tables are for so many tokens, and in fp32, where Fabric leaves them."""
-    model = GPT(config)
+    model = make_model(config)
     model.max_seq_length = length
     model.reset_parameters()
     return model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import litgpt
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fabric_tp import _torch
 from fabric_tp.architectures.lean import Table
 from fabric_tp.autograd.activations import activated, gated
+from fabric_tp.autograd.linear import linear
 from fabric_tp.autograd.norms import rms_norm
 from fabric_tp.autograd.recompute import recomputed_by_compiler
 
@@ -116,6 +117,39 @@ class LeanAttention(nn.Module):
         return q.shape[2], self.config.sliding_window_size, q.dtype, q.device
 
 
+class LeanLoRALinear(nn.Module):
+    """Of the input, which its first matrix needs for its gradient, it keeps nothing that can be recomputed."""
+
+    linear: nn.Module
+    lora_dropout: Callable[[Tensor], Tensor]
+    lora_A: Tensor
+    lora_B: Tensor
+    r: int
+    scaling: float
+    merged: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        if self.r == 0 or self.merged:
+            return y
+        down = linear(self.lora_dropout(x), [self.lora_A])
+        return y + (down @ self.lora_B.transpose(0, 1)) * self.scaling
+
+
+class LeanLoRAQKVLinear(LeanLoRALinear):
+    enable_lora: Sequence[bool]
+    conv1d: Callable[[Tensor, Tensor], Tensor]
+    zero_pad: Callable[[Tensor], Tensor]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        if self.r == 0 or not any(self.enable_lora) or self.merged:
+            return y
+        down = linear(self.lora_dropout(x), [self.lora_A])
+        up = self.conv1d(down.transpose(-2, -1), self.lora_B.unsqueeze(-1)).transpose(-2, -1)
+        return y + self.zero_pad(up) * self.scaling
+
+
 def _copy(x: Tensor) -> Tensor:
     """In memory of its own, even where ``x`` looks contiguous in that of something larger."""
     return x.clone(memory_format=torch.contiguous_format)
@@ -135,5 +169,7 @@ LEAN: Table = {
     LLaMAMLP.forward: LeanLLaMAMLP,
     GemmaMLP.forward: LeanGemmaMLP,
     lora.GemmaMLP.forward: LeanGemmaMLP,
+    lora.LoRALinear.forward: LeanLoRALinear,
+    lora.LoRAQKVLinear.forward: LeanLoRAQKVLinear,
     CausalSelfAttention.forward: LeanAttention,
 }

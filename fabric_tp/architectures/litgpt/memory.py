@@ -23,18 +23,23 @@ def least_memory(
 ) -> dict[str, int]:
     """The limits by formula, in bytes on each rank, for ``tokens`` tokens of each data-parallel rank.
 
-    Parameters, gradients and AdamW's two states divide by all ranks. With width h, all query heads q wide, all key and
-    value heads k each, MLP f, vocabulary v, t tensor-parallel ranks and e bytes a number, a layer must keep for the
-    backward, of each token, the inputs of attention and MLP, the attention's q, k, v and result, and what the MLP's
-    first layers give: ``e (2 h + 2 q + 2 k + 2 f) / t`` (one f without a gate; times the experts that a token visits);
-    with full checkpointing ``e h / t``, and with selective ``e (2 h + q) / t``. The logits take ``(e + 4) v / t``, or
-    nothing where loss and head are one. Collectives need the input of one attention or MLP whole, ``e h`` per token,
-    and FSDP2 the parameters of one block.
+    Parameters, gradients and AdamW's two states divide by all ranks; of frozen parameters there are no gradients and
+    states. With width h, all query heads q wide, all key and value heads k each, MLP f, vocabulary v, t tensor-parallel
+    ranks and e bytes a number, a layer must keep for the backward, of each token, the inputs of attention and MLP, the
+    attention's q, k, v and result, and what the MLP's first layers give: ``e (2 h + 2 q + 2 k + 2 f) / t`` (one f
+    without a gate; times the experts that a token visits); with full checkpointing ``e h / t``, and with selective
+    ``e (2 h + q) / t``. The logits take ``(e + 4) v / t``, or nothing where loss and head are one. Collectives need the
+    input of one attention or MLP whole, ``e h`` per token, and FSDP2 the parameters of one block.
     """
     config: Config = model.config  # type: ignore[assignment]
     size, dtype_size = tensor_parallel_size, 4 if precision == "32-true" else 2
-    stored = (2 if precision == "bf16-true" else 4) * sum(parameter.numel() for parameter in model.parameters())
-    stored = math.ceil(stored / (size * data_parallel_size))
+    stored, trained = (
+        math.ceil((2 if precision == "bf16-true" else 4) * numbers / (size * data_parallel_size))
+        for numbers in (
+            sum(parameter.numel() for parameter in model.parameters()),
+            sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        )
+    )
     width, attention = config.n_embd, config.n_head * config.head_size
     key_value = config.n_query_groups * config.head_size
     experts = config.n_expert_per_token if config.mlp_class_name == "LLaMAMoE" else 1
@@ -50,8 +55,8 @@ def least_memory(
     logits = 0 if fused_loss else tokens * config.padded_vocab_size * (dtype_size + 4)
     return {
         "parameters": stored,
-        "gradients": stored,
-        "optimizer state": 2 * stored,
+        "gradients": trained,
+        "optimizer state": 2 * trained,
         "activations": tokens * config.n_layer * kept * dtype_size // size,
         "logits and loss": logits // size,
         "collective buffers": gathered * dtype_size,
