@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from fabric_tp import _torch
 from fabric_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL, device_of
 from fabric_tp.parallelize.blocks import checkpoint_or_compile
+from fabric_tp.parallelize.decoding import set_decoding_styles
 from fabric_tp.parallelize.fsdp import shard_over_data_parallel
 from fabric_tp.parallelize.lean import make_lean
 from fabric_tp.parallelize.options import BlockOptions
@@ -44,6 +45,8 @@ class Derived:
     """Import paths of tables of lean modules."""
     refused: dict[str, str] = field(default_factory=dict)
     """Arguments with which the forward would be wrong, and why."""
+    decoding: Plan | None = None
+    """The plan by which tokens are generated, with parameters that are split in the same way; None for ``plan``."""
     verify: Literal["no", "try", "must"] = "no"
     """Whether to run the model before and after; "try": unless nobody knows with which arguments."""
 
@@ -121,6 +124,8 @@ class ParallelizeByPlan(BlockOptions):
 def _divide(model: nn.Module, derived: Derived, mesh: DeviceMesh) -> None:
     make_lean(model, derived.lean)
     apply_plan(derived.plan, model, mesh)
+    if derived.decoding is not None:
+        set_decoding_styles(derived.decoding, model)
 
 
 def _verified(model: nn.Module, derived: Derived, mesh: DeviceMesh) -> AbstractContextManager[None]:

@@ -115,10 +115,113 @@ def test_stops_after_eos(pool) -> None:
     assert pool(2)(generate, (1, 2), prompt(), {}, temperature=0, eos_id=eos) == expected[:stop]
 
 
-@pytest.mark.parametrize("tokens", [torch.zeros(0, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64)])
-def test_wrong_prompt(tokens) -> None:
-    with pytest.raises(ValueError, match=r"shape \(n,\) with n > 0.*\(" + ("0" if tokens.dim() == 1 else "1, 4")):
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.zeros(0, dtype=torch.int64), r"shape \(n,\) with n > 0, and this one has the shape \(0,\)"),
+        (torch.zeros(1, 4, dtype=torch.int64), r"shape \(n,\) with n > 0, and this one has the shape \(1, 4\)"),
+        ([prompt(), "text"], "this one is 'text'"),
+        ([], "There is no prompt"),
+    ],
+)
+def test_wrong_prompt(tokens, message) -> None:
+    with pytest.raises(ValueError, match=message):
         fabric_tp.generate(nn.Identity(), tokens, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1}, "temperature=-1 must be at least 0"),
+        ({"top_k": 0}, "top_k=0 must be at least 1"),
+        ({"top_p": 1.5}, r"top_p=1.5 must lie in \[0, 1\]"),
+        ({"max_new_tokens": -1}, "max_new_tokens=-1 must be at least 0"),
+        ({"stop": [[]]}, "holds an empty sequence"),
+        ({"compile": True}, "compile=True needs a cache with static shapes.*Identity"),
+    ],
+)
+@pytest.mark.parametrize("function", [fabric_tp.generate, fabric_tp.generate_stream])
+def test_wrong_options_are_refused_when_it_is_called(function, options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        function(nn.Identity(), prompt(), **{"max_new_tokens": 3, **options})
+
+
+def test_more_positions_than_the_model_has() -> None:
+    with pytest.raises(ValueError, match=r"7 tokens and max_new_tokens=59 need 65 positions, and .* is 64"):
+        fabric_tp.generate(build("Llama-3-8B"), prompt(), 59)
+    assert len(fabric_tp.generate(build("Llama-3-8B"), prompt(), 58)) == 65
+
+
+def with_different_prompts() -> None:
+    fabric_tp.generate(parallelized((1, 2)), prompt(4 + dist.get_rank()), 2)
+
+
+def test_different_prompts_are_refused(pool) -> None:
+    with pytest.raises(AssertionError, match=r"Ranks \[1\] were given other prompts or options than rank 0"):
+        pool(2)(with_different_prompts)
+
+
+LENGTHS = (3, 7, 1)
+
+
+def batch(sizes: tuple[int, int], name: str, how: dict[str, Any]) -> list[list[int]]:
+    model = parallelized(sizes, name)
+    return [tokens.tolist() for tokens in fabric_tp.generate(model, [prompt(n) for n in LENGTHS], NEW, **how)]
+
+
+@pytest.mark.swept(lambda p: p["sizes"] != (1, 2))
+@pytest.mark.parametrize("name", ["Llama-3-8B", "llama"])
+@pytest.mark.parametrize("sizes", [(1, 2), (2, 2), (1, 4)], ids=str)
+def test_prompts_of_different_lengths(pool, sizes, name) -> None:
+    generated = pool(sizes[0] * sizes[1])(batch, sizes, name, {"temperature": 0})
+    assert generated == [greedy(prompt(length), name=name) for length in LENGTHS]
+
+
+def test_each_prompt_of_a_batch_has_a_seed_of_its_own(pool) -> None:
+    how = {"top_k": 20, "top_p": 0.9}
+    alone = [pool(2)(generate, (1, 2), prompt(n), {}, seed=5 + i, **how) for i, n in enumerate(LENGTHS)]
+    assert pool(2)(batch, (1, 2), "Llama-3-8B", {"seed": 5, **how}) == alone
+
+
+def test_prompts_stop_one_by_one(pool) -> None:
+    alone = [greedy(prompt(length)) for length in LENGTHS]
+    stop = [alone[0][LENGTHS[0] + 2], alone[1][LENGTHS[1] + 4 : LENGTHS[1] + 6]]
+    generated = pool(2)(batch, (1, 2), "Llama-3-8B", {"temperature": 0, "stop": stop})
+    assert [len(tokens) for tokens in generated] < [len(tokens) for tokens in alone]
+    for tokens, whole in zip(generated, alone, strict=True):
+        assert tokens == whole[: len(tokens)]
+    assert generated[0][-1] == stop[0]
+    assert generated[1][-2:] == stop[1] or generated[1][-1] == stop[0]
+
+
+def streamed() -> tuple[list[int], list[int], list[tuple[int, int]]]:
+    model = parallelized((1, 2))
+    whole = fabric_tp.generate(model, prompt(), NEW, temperature=0)[PROMPT:].tolist()
+    one = list(fabric_tp.generate_stream(model, prompt(), NEW, temperature=0))
+    several = list(fabric_tp.generate_stream(model, [prompt(), prompt(3)], NEW, temperature=0))
+    return whole, one, several
+
+
+def test_stream(pool) -> None:
+    whole, one, several = pool(2)(streamed)
+    assert one == whole
+    assert [token for number, token in several if number == 0] == whole
+    assert [number for number, _ in several] == [0, 1] * NEW
+
+
+def withheld(include_eos: bool, stop: list[list[int]]) -> list[int]:
+    return list(
+        fabric_tp.generate_stream(
+            parallelized((1, 2)), prompt(), NEW, temperature=0, stop=stop, include_eos=include_eos
+        )
+    )
+
+
+@pytest.mark.parametrize("include_eos", [True, False])
+def test_a_stream_can_leave_out_what_stops_it(pool, include_eos) -> None:
+    new = greedy(prompt())[PROMPT:]
+    expected = new[:6] if include_eos else new[:4]
+    assert pool(2)(withheld, include_eos, [new[4:6], [*new[1:3], 10**6]]) == expected
 
 
 def mode_after(training: bool, tokens: Tensor) -> bool:
