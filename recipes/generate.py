@@ -21,7 +21,6 @@ from jsonargparse import auto_cli
 from litgpt import GPT, Config, PromptStyle, Tokenizer
 from litgpt.prompts import has_prompt_style, load_prompt_style
 from tokenizers.decoders import DecodeStream
-from torch import nn
 
 import fabric_tp
 from fabric_tp.strategy.launching import detect
@@ -102,7 +101,7 @@ def stored_dtype(directory: Path) -> torch.dtype:
     return next(iter(state.get("model", state).values())).dtype
 
 
-def load(fabric: L.Fabric, directory: Path, config: Config) -> nn.Module:
+def load(fabric: L.Fabric, directory: Path, config: Config) -> Any:
     """The model, of which each process reads its own shards."""
     with fabric.init_module(empty_init=True):
         gpt = GPT(config)

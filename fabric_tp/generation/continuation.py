@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
-from typing import Any, overload
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,14 +17,12 @@ from fabric_tp.generation.sampling import Sampling
 from fabric_tp.generation.stopping import Continuation, Stopping
 from fabric_tp.parallelize.compiled import compiled_blocks, computed_by, for_each_shape, own_forward
 
+Prompts = TypeVar("Prompts", Tensor, list[Tensor])
 
-@overload
-def generate(model: nn.Module, tokens: Tensor, max_new_tokens: int, **options: Any) -> Tensor: ...
-@overload
-def generate(model: nn.Module, tokens: Sequence[Tensor], max_new_tokens: int, **options: Any) -> list[Tensor]: ...
+
 def generate(
     model: nn.Module,
-    tokens: Tensor | Sequence[Tensor],
+    tokens: Prompts,
     max_new_tokens: int,
     *,
     temperature: float = 1.0,
@@ -35,7 +33,7 @@ def generate(
     stop: Stop = (),
     include_eos: bool = True,
     compile: bool = False,
-) -> Tensor | list[Tensor]:
+) -> Prompts:
     """Continue prompts, the same on every rank; all ranks must call it, with the same arguments.
 
     Models of litgpt and Transformers keep keys and values of what they have seen, each rank those of its heads; other
@@ -75,18 +73,12 @@ def generate(
     for prompt, token in _stream(model, prompts, max_new_tokens, how, seed, stopping, compile):
         new[prompt].append(token)
     whole = [torch.cat([prompt, prompt.new_tensor(more)]) for prompt, more in zip(prompts, new, strict=True)]
-    return whole[0] if isinstance(tokens, Tensor) else whole
+    return whole[0] if isinstance(tokens, Tensor) else whole  # type: ignore[return-value]
 
 
-@overload
-def generate_stream(model: nn.Module, tokens: Tensor, max_new_tokens: int, **options: Any) -> Iterator[int]: ...
-@overload
-def generate_stream(
-    model: nn.Module, tokens: Sequence[Tensor], max_new_tokens: int, **options: Any
-) -> Iterator[tuple[int, int]]: ...
 def generate_stream(
     model: nn.Module,
-    tokens: Tensor | Sequence[Tensor],
+    tokens: Prompts,
     max_new_tokens: int,
     *,
     temperature: float = 1.0,
@@ -97,7 +89,7 @@ def generate_stream(
     stop: Stop = (),
     include_eos: bool = True,
     compile: bool = False,
-) -> Iterator[int] | Iterator[tuple[int, int]]:
+) -> Iterator[Any]:
     """As :func:`generate`, giving out each new token when it is there.
 
     All ranks must take all tokens, or stop after the same. Until they did, or called ``close()``, the model can do

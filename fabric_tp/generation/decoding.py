@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from lightning.fabric import is_wrapped
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
+from fabric_tp.parallelize.partial_gradients import is_sharded_by_fsdp
 from fabric_tp.styles.style import Held, LocalModule, put_back
 
 
@@ -32,18 +32,17 @@ def decoding(model: nn.Module) -> Iterator[None]:
     parallel = [module for module in model.modules() if isinstance(module, LocalModule)]
     styles = [module.parallelized.style for module in parallel]
     training = [module for module in model.modules() if module.training]
-    gathered = any(isinstance(module, FSDPModule) for module in model.modules())
     held: Held = []
     try:
         model.eval()
         for module in parallel:
             module.parallelized.style = module.parallelized.decoding or module.parallelized.style
-        for module in parallel if not gathered else ():
+        for module in parallel if not is_sharded_by_fsdp(model) else ():
             held += module.take_local()
         yield
     finally:
         put_back(held)
         for module, style in zip(parallel, styles, strict=True):
             module.parallelized.style = style
-        for module in training:
-            module.training = True
+        for each in training:
+            each.training = True

@@ -60,14 +60,15 @@ def compare_generated(
     parallel = [*generate(model, several, NEW, temperature=0), generate(model, long, NEW, temperature=0)]
     if dist.get_rank():
         return None
-    alone, own, error = build_model().eval(), [], ""
+    alone, own, error = build_model().eval(), list[Tensor](), ""
     whole = [_without_cache(alone, prompt) for prompt in (*several, long)]
     try:
         own += own_generate(alone, several, NEW)
         own += own_generate(alone, [long], NEW)
     except Exception as raised:
         error = f"{type(raised).__name__}: {raised}".splitlines()[0]
-    return Generated(*([tokens.tolist() for tokens in each] for each in (parallel, whole, own)), error)
+    lists = ([tokens.tolist() for tokens in each] for each in (parallel, whole, own))
+    return Generated(*lists, error=error)
 
 
 @torch.no_grad()

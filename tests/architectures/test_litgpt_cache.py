@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 import fabric_tp
 from fabric_tp.architectures.litgpt import cache
 from fabric_tp.parallelize import parallelize
-from fabric_tp.testing.generation import Generated, compare_generated
+from fabric_tp.testing.generation import Generated, compare_generated, prompts
 from fabric_tp.testing.small import OWN_GENERATE, small_lora
 from tests.architectures.test_litgpt import STRUCTURES, built
 
@@ -41,18 +42,26 @@ def broken_by(break_it: Callable[[pytest.MonkeyPatch], None] | None, *args: obje
 
 @pytest.mark.swept(lambda p: p["sizes"] != (1, 2) or p["structure"] not in CORE)
 @pytest.mark.parametrize("sizes", [(1, 2), (1, 4), (2, 2)], ids=str)
-@pytest.mark.parametrize("structure", [name for name in STRUCTURES if name != SOFTCAPPED])
+@pytest.mark.parametrize("structure", STRUCTURES)
 def test_tokens(pool, structure, sizes) -> None:
     generated = compared(pool, built(structure), sizes)
-    assert generated.equals_own, generated
+    assert generated.equals_own or structure == SOFTCAPPED, generated
     assert generated.equals_whole, generated
 
 
-def test_softcapped_prompts_do_not_see_what_comes_later(pool) -> None:
+def test_softcapped_prompts_do_not_see_what_comes_later() -> None:
     """litgpt adds its mask of true and false to the scores, which hides nothing; without a cache its model does."""
-    generated = compared(pool, built(SOFTCAPPED), (1, 2))
-    assert generated.equals_whole, generated
-    assert not generated.equals_own
+    model: Any = built(SOFTCAPPED)().eval()
+    (prompt,) = prompts((5,))
+    with torch.no_grad():
+        expected = model(prompt[None])
+        ours = cache.LitGPTCache(model, model, [prompt], 1)
+        logits, _ = ours.prefill()
+        ours.close()
+        model.set_kv_cache(1)
+        theirs = model(prompt[None], torch.arange(5), input_pos_maxp1=5)
+    assert torch.equal(logits, expected)
+    assert (theirs - expected).abs().max() > 0.1 * expected.abs().max()
 
 
 @pytest.mark.swept(lambda p: p["adapted"] != "every layer")
