@@ -73,7 +73,13 @@ def main(
     fabric = fabric_tp.launch(strategy, launcher=launcher, precision=precision)
     model = load(fabric, checkpoint_dir, config)
     style = load_prompt_style(checkpoint_dir) if has_prompt_style(checkpoint_dir) else PromptStyle.from_config(config)
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "compile": compile}
+    options: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+        "compile": compile,
+    }
     for text in [prompt] if prompt is not None else typed(fabric):
         tokens = tokenizer.encode(style.apply(text), device=fabric.device).long()
         room = model.max_seq_length + 1 - len(tokens)

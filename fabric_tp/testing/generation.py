@@ -67,8 +67,11 @@ def compare_generated(
         own += own_generate(alone, [long], NEW)
     except Exception as raised:
         error = f"{type(raised).__name__}: {raised}".splitlines()[0]
-    lists = ([tokens.tolist() for tokens in each] for each in (parallel, whole, own))
-    return Generated(*lists, error=error)
+    return Generated(_lists(parallel), _lists(whole), _lists(own), error)
+
+
+def _lists(continued: list[Tensor]) -> list[list[int]]:
+    return [tokens.tolist() for tokens in continued]
 
 
 @torch.no_grad()
