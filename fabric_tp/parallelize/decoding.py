@@ -35,3 +35,9 @@ def set_decoding_styles(plan: Plan, model: nn.Module) -> None:
             style = styles.get(id(module), Style())
             assert isinstance(style, Style)
             module.parallelized.decoding = style
+
+
+def is_decoding(model: nn.Module) -> bool:
+    """Whether it follows the plan of :func:`decoding_plan` now."""
+    told = (module.parallelized for module in model.modules() if isinstance(module, LocalModule))
+    return any(this.style is this.decoding for this in told)

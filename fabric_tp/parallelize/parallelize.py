@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from fabric_tp import _torch
 from fabric_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL, device_of
 from fabric_tp.parallelize.blocks import checkpoint_or_compile
-from fabric_tp.parallelize.decoding import set_decoding_styles
+from fabric_tp.parallelize.decoding import is_decoding, set_decoding_styles
 from fabric_tp.parallelize.fsdp import shard_over_data_parallel
 from fabric_tp.parallelize.lean import make_lean
 from fabric_tp.parallelize.options import BlockOptions
@@ -136,10 +136,15 @@ def _verified(model: nn.Module, derived: Derived, mesh: DeviceMesh) -> AbstractC
 
 
 def refuse_arguments(model: nn.Module, refused: Mapping[str, str]) -> None:
-    """Let the model's forward refuse these arguments, however they are given; with the reason."""
+    """Let the model's forward refuse these arguments, however they are given; with the reason.
+
+    Not while it generates: sequences are whole then, and nothing has a gradient.
+    """
     signature = inspect.signature(model.forward)
 
     def refuse(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if is_decoding(module):
+            return
         given = {**signature.bind_partial(*args, **kwargs).arguments, **kwargs}
         for name, reason in refused.items():
             if given.get(name):
