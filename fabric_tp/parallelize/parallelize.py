@@ -143,11 +143,9 @@ def refuse_arguments(model: nn.Module, refused: Mapping[str, str]) -> None:
     signature = inspect.signature(model.forward)
 
     def refuse(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if is_decoding(module):
-            return
         given = {**signature.bind_partial(*args, **kwargs).arguments, **kwargs}
         for name, reason in refused.items():
-            if given.get(name):
+            if given.get(name) and not is_decoding(module):
                 raise ValueError(f"{name}={given[name]} {reason}")
 
     model.register_forward_pre_hook(refuse, with_kwargs=True)
