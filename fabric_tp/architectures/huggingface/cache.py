@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fabric_tp.architectures.cache import Cache, refuse_static
 
-NAMES = ("past_key_values", "cache_params", "state", "mems")
-"""What outputs and arguments may call the cache."""
+NAMES = ("past_key_values", "cache_params", "state")
+"""What models may call their cache."""
 
 
 class TransformersCache(Cache):
@@ -48,25 +48,19 @@ class TransformersCache(Cache):
         return self._forward(first=True)
 
     def step(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        state, self.tokens = self.state, torch.cat([self.tokens, tokens[:, None]], 1)
-        for name in ("position_ids", "cache_position"):
-            if name in state:
-                state[name] = torch.cat([state[name], state[name][..., -1:] + 1], -1)
-        if "attention_mask" in state:
-            mask = state["attention_mask"]
-            state["attention_mask"] = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        self.tokens = torch.cat([self.tokens, tokens[:, None]], 1)
         return self._forward(first=False)
 
     def _forward(self, *, first: bool) -> tuple[Tensor, Tensor]:
         model: Any = self.model
-        cached = any(name in self.state for name in NAMES)  # some models have none
+        cached = any(self.state.get(name) is not None for name in NAMES)  # some models have none
         inputs = model.prepare_inputs_for_generation(
             self.tokens, next_sequence_length=1 if cached else None, is_first_iteration=first, **self.state
         )
         output = self.call(**inputs, return_dict=True)
-        self.state |= {name: output[name] for name in NAMES if output.get(name) is not None}
-        logits = output.logits
-        return logits, torch.full_like(self.lengths, logits.shape[1] - 1)
+        # Not public, but what models override: cache, mask and positions for the next token.
+        self.state = model._update_model_kwargs_for_generation(output, self.state)
+        return output.logits, torch.full_like(self.lengths, output.logits.shape[1] - 1)
 
 
 def _filled_on_the_left(rows: Sequence[Tensor]) -> Tensor:
