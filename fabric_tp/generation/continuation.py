@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,12 +17,10 @@ from fabric_tp.generation.sampling import Sampling
 from fabric_tp.generation.stopping import Continuation, Stopping
 from fabric_tp.parallelize.compiled import compiled_blocks, computed_by, for_each_shape, own_forward
 
-Prompts = TypeVar("Prompts", Tensor, list[Tensor])
-
 
 def generate(
     model: nn.Module,
-    tokens: Prompts,
+    tokens: Tensor | Sequence[Tensor],
     max_new_tokens: int,
     *,
     temperature: float = 1.0,
@@ -33,7 +31,7 @@ def generate(
     stop: Stop = (),
     include_eos: bool = True,
     compile: bool = False,
-) -> Prompts:
+) -> Any:
     """Continue prompts, the same on every rank; all ranks must call it, with the same arguments.
 
     Models of litgpt and Transformers keep keys and values of what they have seen, each rank those of its heads; other
@@ -56,7 +54,7 @@ def generate(
             For litgpt's models.
 
     Returns:
-        Prompt and continuation, ``(n + new,)``; a list of them for a list.
+        A tensor of prompt and continuation, ``(n + new,)``; a list of them for a list of prompts.
 
     Raises:
         ValueError: A prompt is not a tensor ``(n,)`` of at least one token; an option is out of its range; the model
@@ -73,12 +71,12 @@ def generate(
     for prompt, token in _stream(model, prompts, max_new_tokens, how, seed, stopping, compile):
         new[prompt].append(token)
     whole = [torch.cat([prompt, prompt.new_tensor(more)]) for prompt, more in zip(prompts, new, strict=True)]
-    return whole[0] if isinstance(tokens, Tensor) else whole  # type: ignore[return-value]
+    return whole[0] if isinstance(tokens, Tensor) else whole
 
 
 def generate_stream(
     model: nn.Module,
-    tokens: Prompts,
+    tokens: Tensor | Sequence[Tensor],
     max_new_tokens: int,
     *,
     temperature: float = 1.0,
@@ -96,7 +94,7 @@ def generate_stream(
     nothing else.
 
     Returns:
-        Of a prompt, its new tokens. Of a list of prompts, pairs: which prompt, counted from 0, and its next token. What
+        The new tokens of a prompt; of a list of prompts, pairs of the prompt's number, from 0, and its next token. What
         may be the beginning of a stop sequence waits, with ``include_eos=False``, until it is known not to be.
 
     Raises:
