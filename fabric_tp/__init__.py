@@ -10,6 +10,7 @@ Where what is, from the ground up; no folder imports from one below it in this l
 ``plan/``             which module gets which style: derived from an architecture, checked, applied, shown
 ``random/``           initial parameters and random states that are the same on any mesh
 ``parallelize/``      the factories, and the order of the steps: plan, checkpointing, compile, FSDP2, partial gradients
+``generation/``       text from a model, with a cache of keys and values that is sharded by heads
 ``checkpoint/``       litgpt's files; replacing files so that a crash loses nothing
 ``data/``             identical batches on the ranks that share a model
 ``strategy/``         all that Fabric meets: strategy, launching, failure, precision, clipping, optimizers
@@ -17,8 +18,8 @@ Where what is, from the ground up; no folder imports from one below it in this l
 ``testing/``          is a model the same in parallel as on one device?
 ====================  ===============================================================================================
 
-``generation.py`` samples from a parallel model and ``cli.py`` is the command ``fabric-tp``; ``_torch.py`` holds all
-that is private to torch, ``mesh.py``, ``seeds.py`` and ``shards.py`` what several folders need.
+``cli.py`` is the command ``fabric-tp``; ``_torch.py`` holds all that is private to torch, ``mesh.py``, ``seeds.py`` and
+``shards.py`` what several folders need.
 """
 
 import sys
@@ -27,7 +28,7 @@ from lightning.fabric.strategies import STRATEGY_REGISTRY
 
 from fabric_tp import checkpoint, data, random, styles, testing
 from fabric_tp.architectures import lean
-from fabric_tp.generation import generate
+from fabric_tp.generation import generate, generate_stream
 from fabric_tp.loss import count_targets, cross_entropy, linear_cross_entropy
 from fabric_tp.measure import estimate, memory
 from fabric_tp.parallelize import Parallelize, auto, feed_forward, from_plan, litgpt, llama
@@ -47,6 +48,7 @@ __all__ = [
     "feed_forward",
     "from_plan",
     "generate",
+    "generate_stream",
     "launch",
     "linear_cross_entropy",
     "litgpt",

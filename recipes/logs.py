@@ -105,7 +105,7 @@ def memory_in_gb(device: torch.device) -> float:
 def print_sample(fabric: L.Fabric, job: Job, batches: Batches, model: Any) -> None:
     args, tokenizer = job.args, batches.tokenizer
     prompt = tokenizer.encode(args.sample_prompt, device=fabric.device).long()
-    room = args.max_seq_length - len(prompt) - fabric.world_size  # fabric_tp.generate pads to a multiple of the ranks
+    room = args.max_seq_length + 1 - len(prompt)
     if args.sample_tokens < 1 or room < 1 or len(prompt) == 0:
         return
     tokens = fabric_tp.generate(

@@ -17,6 +17,7 @@ PATHS = {
     "fabric_tp.checkpoint": ["litgpt", "replacing"],
     "fabric_tp.checkpoint.litgpt": ["load", "save"],
     "fabric_tp.clip": ["clip_grad_norm", "clip_grad_value"],
+    "fabric_tp.generation": ["generate", "generate_stream"],
     "fabric_tp.data": ["Inputs", "SeededSamples"],
     "fabric_tp.launching": ["Launcher", "detect", "launch", "resolve_sizes"],
     "fabric_tp.lean": ["TORCH"],

@@ -22,6 +22,7 @@ ROOMS = (
     "plan",
     "random",
     "parallelize",
+    "generation",
     "checkpoint",
     "data",
     "strategy",
@@ -33,7 +34,7 @@ ROOMS = (
 LEAN = ("architectures.lean", "architectures.litgpt.lean")
 """What descriptions name as text, and nothing in architectures imports: it computes."""
 
-NO_DESCRIPTIONS = ("lean", "small", "config", "memory", "hub")
+NO_DESCRIPTIONS = ("lean", "small", "config", "memory", "cache", "hub")
 """Other files in architectures."""
 
 LIBRARIES = ("litgpt", "transformers")
@@ -171,7 +172,7 @@ def uses_collectives(modules: dict[str, str]) -> list[str]:
 
 OWN_COLLECTIVES = {
     "shards": "gathers whole parameters, for checkpoints",
-    "generation": "gathers one row of logits; there is no backward",
+    "generation.sampling": "gathers logits of one token; there is no backward",
 }
 """What is no part of a training step's forward and backward."""
 

@@ -117,6 +117,10 @@ def linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
         RuntimeError: In the backward, if a weight was changed in place since the forward.
     """
     there = [bias for bias in biases if bias is not None]
+    if len(weights) > 1 and not torch.is_grad_enabled() and x.shape[:-1].numel() < sum(map(len, weights)):
+        # To put a few rows together costs less than to put the weights together: while tokens are generated.
+        each_bias: Sequence[Tensor | None] = there or [None] * len(weights)
+        return torch.cat([F.linear(x, *part) for part in zip(weights, each_bias, strict=True)], -1)
     if torch.compiler.is_compiling():
         weight = weights[0] if len(weights) == 1 else recomputed_by_compiler(torch.cat, list(weights))
         return F.linear(x, weight, _joined(there) if there else None)

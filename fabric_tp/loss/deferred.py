@@ -94,6 +94,12 @@ class DeferredLogits(Tensor):
             return False
         return True
 
+    def of_tokens(self, *index: Tensor) -> DeferredLogits:
+        """Those of some tokens: ``logits[index]``, by a tensor for each dimension but the vocabulary's."""
+        selected = _numbers(self)[index]
+        shape = (*selected.shape, self.shape[-1])
+        return _deferred(self.call, shape, self.dtype, selected, self.operations, (self,))
+
     def compute(self) -> Tensor:
         """The real logits."""
         call = self.used()
@@ -220,12 +226,16 @@ def _cast(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> torch
     return moved.dtype if moved.is_meta and moved.is_floating_point() else None
 
 
+def _numbers(logits: DeferredLogits) -> Tensor:
+    """Which rows of the LM head's output these are."""
+    if logits.rows is not None:
+        return logits.rows
+    return torch.arange(logits.shape[:-1].numel(), device=logits.device).view(logits.shape[:-1])
+
+
 def _select(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> DeferredLogits | None:
     """None if this does not leave every row whole."""
-    rows = logits.rows
-    if rows is None:
-        rows = torch.arange(logits.shape[:-1].numel(), device=logits.device).view(logits.shape[:-1])
-    width = logits.shape[-1]
+    rows, width = _numbers(logits), logits.shape[-1]
 
     def numbers(of: Tensor) -> Tensor:
         return func(of[..., None].expand(*of.shape, width), *args, **kwargs)

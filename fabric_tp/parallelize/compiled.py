@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -52,3 +53,35 @@ def compile_block(block: nn.Module, policy: Callable[..., CheckpointPolicy] | No
         _torch.silence_compiler_on_checkpoints()
     block.__class__ = mixed(_CompiledBlock, type(block))
     block.compiled = torch.compile(forward)  # type: ignore[assignment]
+
+
+def own_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """That of a block whose forward is compiled, without the compiler."""
+    return super(_CompiledBlock, block).forward(*args, **kwargs)  # type: ignore[misc]
+
+
+@cache
+def for_each_shape(mode: str | None = None) -> Callable[..., Any]:
+    """:func:`own_forward`, compiled for each shape by itself; ``mode`` as in ``torch.compile``."""
+    return torch.compile(own_forward, dynamic=False, mode=mode)
+
+
+def compiled_blocks(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, _CompiledBlock)]
+
+
+@contextmanager
+def computed_by(blocks: Iterable[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Within it ``forward(block, ...)``, compiled or not, takes the place of the forward of each block."""
+    before = [(block, type(block), block.__dict__.get("compiled")) for block in blocks]
+    try:
+        for block, own, compiled in before:
+            block.__class__ = own if compiled else mixed(_CompiledBlock, own)
+            block.compiled = forward  # type: ignore[assignment]
+        yield
+    finally:
+        for block, own, compiled in before:
+            block.__class__ = own
+            block.__dict__.pop("compiled", None)
+            if compiled:
+                block.compiled = compiled

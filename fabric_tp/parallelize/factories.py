@@ -13,6 +13,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from fabric_tp.architectures import FEED_FORWARD, LITGPT, LLAMA, Architecture, recognise
 from fabric_tp.architectures.names import children, class_path, has
+from fabric_tp.parallelize.decoding import decoding_plan
 from fabric_tp.parallelize.options import documented
 from fabric_tp.parallelize.parallelize import Derived, ParallelizeByPlan
 from fabric_tp.plan import TransformerOptions, derive_feed_forward_plan, derive_plan, tied_parameters
@@ -60,6 +61,7 @@ class Parallelize(ParallelizeByPlan, TransformerOptions):
             lean=_lean(architecture) if self.lean else (),
             refused=dict.fromkeys(architecture.balances_experts, BALANCE)
             | dict.fromkeys(architecture.splits_sequence if self.sequence_parallel else (), SPLITS),
+            decoding=decoding_plan(architecture, model, self, tensor_parallel_size),
             verify=_verify(self.verify, architecture, model),
         )
 

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from fabric_tp import _torch
 from fabric_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL, device_of
 from fabric_tp.parallelize.blocks import checkpoint_or_compile
+from fabric_tp.parallelize.decoding import is_decoding, set_decoding_styles
 from fabric_tp.parallelize.fsdp import shard_over_data_parallel
 from fabric_tp.parallelize.lean import make_lean
 from fabric_tp.parallelize.options import BlockOptions
@@ -44,6 +45,8 @@ class Derived:
     """Import paths of tables of lean modules."""
     refused: dict[str, str] = field(default_factory=dict)
     """Arguments with which the forward would be wrong, and why."""
+    decoding: Plan | None = None
+    """The plan by which tokens are generated, with parameters that are split in the same way; None for ``plan``."""
     verify: Literal["no", "try", "must"] = "no"
     """Whether to run the model before and after; "try": unless nobody knows with which arguments."""
 
@@ -121,6 +124,8 @@ class ParallelizeByPlan(BlockOptions):
 def _divide(model: nn.Module, derived: Derived, mesh: DeviceMesh) -> None:
     make_lean(model, derived.lean)
     apply_plan(derived.plan, model, mesh)
+    if derived.decoding is not None:
+        set_decoding_styles(derived.decoding, model)
 
 
 def _verified(model: nn.Module, derived: Derived, mesh: DeviceMesh) -> AbstractContextManager[None]:
@@ -131,13 +136,16 @@ def _verified(model: nn.Module, derived: Derived, mesh: DeviceMesh) -> AbstractC
 
 
 def refuse_arguments(model: nn.Module, refused: Mapping[str, str]) -> None:
-    """Let the model's forward refuse these arguments, however they are given; with the reason."""
+    """Let the model's forward refuse these arguments, however they are given; with the reason.
+
+    Not while it generates: sequences are whole then, and nothing has a gradient.
+    """
     signature = inspect.signature(model.forward)
 
     def refuse(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         given = {**signature.bind_partial(*args, **kwargs).arguments, **kwargs}
         for name, reason in refused.items():
-            if given.get(name):
+            if given.get(name) and not is_decoding(module):
                 raise ValueError(f"{name}={given[name]} {reason}")
 
     model.register_forward_pre_hook(refuse, with_kwargs=True)

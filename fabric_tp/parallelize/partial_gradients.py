@@ -15,6 +15,9 @@ from torch.utils._pytree import tree_leaves
 from fabric_tp import _torch
 from fabric_tp.styles.style import LocalModule
 
+STAND_IN = "only_answers_to_gradient_sync"
+"""Attribute of an ``FSDPModule`` that FSDP2 knows nothing of."""
+
 
 class PartialGradients:
     """Sums the partial gradients of replicated parameters in one all-reduce at the end of a backward.
@@ -129,5 +132,10 @@ def _answer_to_gradient_sync(model: nn.Module, sums: PartialGradients) -> None:
         sums.enabled = requires_gradient_sync
 
     cls = type(model)
-    body = {"set_requires_gradient_sync": set_requires_gradient_sync, "__module__": cls.__module__}
+    body = {"set_requires_gradient_sync": set_requires_gradient_sync, "__module__": cls.__module__, STAND_IN: True}
     model.__class__ = type(cls.__name__, (FSDPModule, cls), body)
+
+
+def is_sharded_by_fsdp(model: nn.Module) -> bool:
+    """Whether FSDP2 gathers parameters of the model in each forward."""
+    return any(isinstance(module, FSDPModule) and not hasattr(module, STAND_IN) for module in model.modules())

@@ -99,9 +99,12 @@ class LMHead(Colwise):
         self.loss_parallel = loss_parallel
         self.fused_loss = fused_loss
 
-    def validate(self, module: nn.Module) -> None:
+    def fits(self, module: nn.Module) -> bool:
         plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-        if self.fused_loss and (not plain or self.input_layout is None):
+        return not self.fused_loss or (plain and self.input_layout is not None)
+
+    def validate(self, module: nn.Module) -> None:
+        if not self.fits(module):
             raise ValueError(
                 "fused_loss=True needs a head that is a torch.nn.Linear, with the forward of that class, and takes its"
                 f" input as it comes, and this is a {type(module).__name__} with input_layout={self.input_layout!r}."

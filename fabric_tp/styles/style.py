@@ -48,6 +48,8 @@ class Parallelized(Generic[StyleOf]):
     """Of the whole parameters."""
     padding: Padding | None = None
     """Of the model; None where torch's ``parallelize_module`` applied the style, which knows no model."""
+    decoding: Style | None = None
+    """The style while tokens are generated; None: the same."""
 
     def outputs_first(self, weight: Tensor) -> Tensor:
         """A view of a linear layer's weight, with the rows that torch's has."""

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jsonargparse import auto_cli
+from torch import nn
 
 from fabric_tp.parallelize import Parallelize, auto
 from fabric_tp.plan import CannotSplit
+from fabric_tp.testing.generation import Generated, OwnGenerate, compare_generated
 from fabric_tp.testing.parity import BuildModel, Report, compare, next_token_loss
 from fabric_tp.testing.ranks import Ranks
 from fabric_tp.testing.small import (
     LENGTH,
     LORA,
+    OWN_GENERATE,
     VOCABULARY,
     causal_types,
     names,
@@ -43,6 +47,7 @@ def main(
     only: str = "",
     every: int = 1,
     steps: int = 1,
+    generate: bool = False,
 ) -> None:
     """Compare models, made small, with one device: a line for each, and exit code 1 on a mismatch or an error.
 
@@ -60,18 +65,23 @@ def main(
         only: Take only models whose name contains this.
         every: Take only every so manieth model.
         steps: Optimizer steps whose weights to compare.
+        generate: Compare generated tokens instead: the likeliest ones, of a batch of prompts of different lengths and
+            of a long one, with those that the model's library gives on one device. Where the library cannot generate,
+            or gives other tokens than its model without a cache, the line says so, and the model is what must be met.
     """
     parallelize_fn = auto(
         sequence_parallel=sequence_parallel, loss_parallel=loss_parallel, replicate_attention=replicate_attention
     )
     ranks = Ranks(data_parallel_size * tensor_parallel_size)
     sizes = (data_parallel_size, tensor_parallel_size)
+    own = OWN_GENERATE["huggingface" if models == "huggingface" else "litgpt"]
+    compared = partial(_tokens, own=own) if generate else partial(_training, steps=steps)
     totals = {"equal": 0, "refused": 0, "not built": 0, "ERROR": 0, "DIFFERENT": 0}
     for name, build in [(name, build) for name, build in _builders(models).items() if only in name][::every]:
         try:
-            verdict, detail = _verdict(build, parallelize_fn, ranks, sizes, steps)
+            verdict, detail = _verdict(build, parallelize_fn, ranks, sizes, compared)
         except CannotSplit:
-            verdict, detail = _verdict(build, replace(parallelize_fn, replicate_attention=True), ranks, sizes, steps)
+            verdict, detail = _verdict(build, replace(parallelize_fn, replicate_attention=True), ranks, sizes, compared)
             detail = f"mixers whole, {detail}"
         totals[verdict] += 1
         print(f"{name:40} {verdict:10} {detail}", flush=True)
@@ -89,8 +99,12 @@ def _builders(models: Models) -> dict[str, BuildModel]:
     return {name: partial(small_causal, name) for name in causal_types()}
 
 
+Compared = Callable[[BuildModel, nn.Module, Any, Parallelize, Ranks, tuple[int, int]], tuple[str, str]]
+"""What is to be compared, from a model and what it takes: a verdict and its details."""
+
+
 def _verdict(
-    build: BuildModel, parallelize_fn: Parallelize, ranks: Ranks, sizes: tuple[int, int], steps: int
+    build: BuildModel, parallelize_fn: Parallelize, ranks: Ranks, sizes: tuple[int, int], compared: Compared
 ) -> tuple[str, str]:
     tokens = torch.randint(VOCABULARY, (2 * sizes[0], LENGTH), generator=torch.Generator().manual_seed(0))
     try:
@@ -109,13 +123,45 @@ def _verdict(
     except Exception as error:
         return "ERROR", _first_line(error)
     try:
-        report = Report(ranks(compare, build, parallelize_fn, inputs, next_token_loss, sizes, steps))
+        return compared(build, model, inputs, parallelize_fn, ranks, sizes)
     except AssertionError as error:
         return "DIFFERENT", str(error).strip().splitlines()[-1]
+
+
+def _training(
+    build: BuildModel,
+    model: nn.Module,
+    inputs: Any,
+    parallelize_fn: Parallelize,
+    ranks: Ranks,
+    sizes: tuple[int, int],
+    *,
+    steps: int,
+) -> tuple[str, str]:
+    report = Report(ranks(compare, build, parallelize_fn, inputs, next_token_loss, sizes, steps))
     worst, off = report.worst
     whole = left_whole(parallelize_fn.plan(model, tensor_parallel_size=sizes[1]), model)
     more = f"; whole, and split by its tp_plan: {', '.join(whole)}" if whole else ""
     return ("equal" if report.equal else "DIFFERENT"), f"{off:.1e} {worst}{more}"
+
+
+def _tokens(
+    build: BuildModel,
+    model: nn.Module,
+    inputs: Any,
+    parallelize_fn: Parallelize,
+    ranks: Ranks,
+    sizes: tuple[int, int],
+    *,
+    own: OwnGenerate,
+) -> tuple[str, str]:
+    generated: Generated = ranks(compare_generated, build, parallelize_fn, own, sizes)
+    said = f"; its own: {generated.error}" if generated.error else ""
+    if generated.equals_own:
+        return "equal", f"{'all' if generated.equals_whole else 'as its own, not as without a cache'}{said}"
+    if generated.equals_whole:
+        return "equal", f"as without a cache{said or '; its own differs'}"
+    return "DIFFERENT", f"{generated}"
 
 
 def _first_line(error: Exception) -> str:

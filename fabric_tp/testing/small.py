@@ -19,6 +19,9 @@ from fabric_tp.architectures.litgpt.small import small_config as small_config
 from fabric_tp.architectures.small import LENGTH as LENGTH
 from fabric_tp.architectures.small import VOCABULARY as VOCABULARY
 
+OWN_GENERATE = {"litgpt": litgpt.own_generate, "huggingface": huggingface.own_generate}
+"""By the library, its own way to continue a batch of prompts with the likeliest tokens."""
+
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     """Add noise to every parameter: norm weights other than one, biases other than zero."""

@@ -160,6 +160,21 @@ def small_inputs(model: nn.Module, tokens: Tensor) -> Tensor | dict[str, Tensor]
     return {"input_ids": tokens, **{name: torch.zeros_like(tokens) for name in others}} if others else tokens
 
 
+def own_generate(model: nn.Module, prompts: list[Tensor], max_new_tokens: int) -> list[Tensor]:
+    """A batch of prompts with the likeliest continuations, by Transformers' own method."""
+    own: Any = model
+    own.generation_config.update(eos_token_id=None, pad_token_id=0)
+    tokens, mask = (
+        nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+        for rows in (prompts, [torch.ones_like(prompt) for prompt in prompts])
+    )
+    continued = own.generate(
+        tokens, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True
+    )
+    longest = tokens.shape[1]
+    return [row[longest - len(prompt) :] for row, prompt in zip(continued, prompts, strict=True)]
+
+
 def _small_config(config_class: type, overrides: dict[str, Any]) -> Any:
     default = config_class()
     computed = {name for name in SIZES if isinstance(getattr(config_class, name, None), property)}

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from litgpt import GPT, Config, lora
 from litgpt.config import configs
+from litgpt.generate.base import generate
 from litgpt.model import GroupedTopkRouter
-from torch import nn
+from torch import Tensor, nn
 
 from fabric_tp.architectures.small import HEAD_SIZE, HIDDEN, LENGTH, VOCABULARY, WIDTH, WINDOW
 
@@ -104,3 +105,18 @@ def small_lora(name: str, adapted: str, **overrides: Any) -> nn.Module:
         model = lora.GPT(config)
     lora.mark_only_lora_as_trainable(model)
     return model
+
+
+def own_generate(model: nn.Module, prompts: list[Tensor], max_new_tokens: int) -> list[Tensor]:
+    """Each prompt with the likeliest continuation, by litgpt's own function.
+
+    Raises:
+        ValueError: A prompt is longer than a sliding window of the model.
+    """
+    gpt: Any = model
+    continued = []
+    for prompt in prompts:
+        gpt.set_kv_cache(1)
+        continued.append(generate(gpt, prompt, len(prompt) + max_new_tokens, temperature=0.0).clone())
+        gpt.clear_kv_cache()
+    return continued
