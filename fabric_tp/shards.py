@@ -12,22 +12,10 @@ from fabric_tp import _torch
 @torch.no_grad()
 def copy_shard(parameter: Tensor, whole: Tensor) -> None:
     """Copy this rank's part of ``whole`` into ``parameter``; no communication."""
-    local, part = _shards(parameter, whole)
-    local.copy_(part)
-
-
-@torch.no_grad()
-def add_to_shard(parameter: Tensor, whole: Tensor) -> None:
-    """Add this rank's part of ``whole`` to ``parameter``; no communication."""
-    local, part = _shards(parameter, whole)
-    local.add_(part.to(local.device))
-
-
-def _shards(parameter: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
-    """This rank's part of ``parameter``, and the same part of ``whole``."""
-    if not isinstance(parameter, DTensor):
-        return parameter, whole
-    return parameter._local_tensor, whole[own_region(parameter)]
+    if isinstance(parameter, DTensor):
+        parameter._local_tensor.copy_(whole[own_region(parameter)])
+    else:
+        parameter.copy_(whole)
 
 
 def own_region(parameter: Tensor) -> tuple[slice, ...]:

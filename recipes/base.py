@@ -15,19 +15,6 @@ from model import TINY_LLAMA_3, make_model
 TINY_SEED = 42
 
 
-def check_checkpoint_dir(directory: Path) -> None:
-    """Raises ValueError unless it is one of litgpt's."""
-    missing = [name for name in ("lit_model.pth", "model_config.yaml") if not (directory / name).is_file()]
-    if not missing:
-        return
-    if list(directory.glob("*.safetensors")) or list(directory.glob("pytorch_model*.bin")):
-        raise ValueError(
-            f"{directory} is a checkpoint as the hub has them, without {' and '.join(missing)}. Convert it:"
-            f" litgpt convert_to_litgpt {directory}"
-        )
-    raise ValueError(f"{directory} is no checkpoint directory of litgpt: it holds no {' and no '.join(missing)}.")
-
-
 def make_finetuned_model(args: FinetuneArgs, config: Config) -> GPT:
     """With adapters if they are asked for, which are then all that is trained."""
     model = make_model(args, lora_config(args, config))

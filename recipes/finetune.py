@@ -19,8 +19,9 @@ from typing import Any
 import lightning as L
 import torch
 from arguments import Job, connect_data, decide_sizes, find_launcher, parallelization
-from base import check_checkpoint_dir, lora_config, make_finetuned_model, make_tiny_checkpoint
+from base import lora_config, make_finetuned_model, make_tiny_checkpoint
 from batches import Batches, number_of
+from checkpoint_dir import check_checkpoint_dir
 from checkpoints import find_checkpoint, prompt_style, save_beside, what_it_continues
 from finetune_arguments import FinetuneArgs, command_line, lora_options
 from jsonargparse import set_parsing_settings
@@ -65,6 +66,8 @@ def check(args: FinetuneArgs) -> Job:
     options = lora_options(args)
     directory = args.initial_checkpoint_dir or make_tiny_checkpoint(args.out_dir / "base")
     check_checkpoint_dir(directory)
+    if args.export == "huggingface" and not (directory / "config.json").is_file():
+        raise ValueError(f"--export huggingface: {directory} has no config.json, which Transformers needs.")
     args = replace(args, initial_checkpoint_dir=directory)
     config = model_config(args)
     with torch.device("meta"):
@@ -97,6 +100,9 @@ def save_final(fabric: L.Fabric, job: Job, model: nn.Module) -> None:
                 unparallelized = make_finetuned_model(args, job.config)
             fabric_tp.checkpoint.litgpt.merge_adapters(model, unparallelized)
         fabric_tp.checkpoint.litgpt.save(model, unfinished / "lit_model.pth", adapters=False)
+        if args.export == "huggingface":
+            like = args.initial_checkpoint_dir
+            fabric_tp.checkpoint.huggingface.save(model, unfinished / "huggingface", like=like)
         if fabric.is_global_zero:
             # litgpt merge_lora finds the checkpoint that adapters belong to by this.
             save_beside(job, unfinished, command_line, checkpoint_dir=args.initial_checkpoint_dir.resolve())

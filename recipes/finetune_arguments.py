@@ -3,7 +3,7 @@
 from argparse import SUPPRESS
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from arguments import Args
 from docstrings import Docstrings
@@ -13,8 +13,8 @@ from litgpt.data import DataModule
 from fabric_tp.parallelize import documented
 
 OF_THE_CHECKPOINT: set[str | int] = {"model_name", "model", "initial_checkpoint_dir", "tokenizer_dir"}
-CHECKPOINT_DIR = """The directory of the litgpt checkpoint to start from, as `litgpt download` makes it, or the final/
-    of another run. Without one, a tiny model with random weights is made in OUT_DIR/base."""
+CHECKPOINT_DIR = """The directory of the checkpoint to start from: litgpt's, such as the final/ of another run, or the
+    hub's, if litgpt has a config of its name. Without one, a tiny model with random weights is made in OUT_DIR/base."""
 
 
 @documented
@@ -50,6 +50,8 @@ class FinetuneArgs(Args):
     """Put as many samples into a row as max_seq_length holds, instead of padding each. A token then also sees the
     samples before its own."""
     out_dir: Path = Path("out/finetune")
+    export: Literal["huggingface"] | None = None
+    """Write final/huggingface too, for Transformers, with the config of the checkpoint that this starts from."""
 
     max_steps: int = 200
     lr: float = 0.0002

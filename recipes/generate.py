@@ -3,8 +3,9 @@
     fabric run recipes/generate.py CHECKPOINT_DIR --devices 2 --prompt "What do llamas eat?"
 
 prints an answer while it is made; without `--prompt` it is a chat in the terminal, where each line is a prompt of its
-own. CHECKPOINT_DIR is a litgpt directory, such as what recipes/llama3.py leaves in final/, and decides on tokenizer and
-prompt style. `torchrun`, `srun` and plain `python` start it as well; `--help` explains all options.
+own. CHECKPOINT_DIR is a litgpt directory, such as what recipes/llama3.py leaves in final/, or one of the hub, with the
+name that litgpt has for the model; it decides on tokenizer and prompt style. `torchrun`, `srun` and plain `python`
+start it as well; `--help` explains all options.
 """
 
 import os
@@ -17,6 +18,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from checkpoint_dir import check_checkpoint_dir
 from jsonargparse import auto_cli
 from litgpt import GPT, Config, PromptStyle, Tokenizer
 from litgpt.prompts import has_prompt_style, load_prompt_style
@@ -47,10 +49,10 @@ def main(
     tensor_parallel_size: int | None = None,
     data_parallel_size: int | None = None,
 ) -> None:
-    """Continue prompts with a litgpt checkpoint.
+    """Continue prompts with a checkpoint.
 
     Args:
-        checkpoint_dir: With lit_model.pth, model_config.yaml and a tokenizer.
+        checkpoint_dir: litgpt's, or the hub's if litgpt has a config of its name; with a tokenizer.
         prompt: What to answer, in the checkpoint's prompt style. Without it prompts are read from the terminal.
         max_new_tokens: How many tokens an answer has at most.
         temperature: Divides the logits; 0 takes the likeliest token.
@@ -69,7 +71,9 @@ def main(
     strategy = fabric_tp.TensorParallelStrategy(
         parallelize, launcher.data_parallel_size, launcher.tensor_parallel_size, timeout=WAIT, verify_inputs=0
     )
-    precision = None if "LT_PRECISION" in os.environ else PRECISION.get(stored_dtype(checkpoint_dir))
+    precision = (
+        None if "LT_PRECISION" in os.environ else PRECISION.get(fabric_tp.checkpoint.stored_dtype(checkpoint_dir))
+    )
     fabric = fabric_tp.launch(strategy, launcher=launcher, precision=precision)
     model = load(fabric, checkpoint_dir, config)
     style = load_prompt_style(checkpoint_dir) if has_prompt_style(checkpoint_dir) else PromptStyle.from_config(config)
@@ -93,18 +97,10 @@ def main(
 
 def check(directory: Path) -> tuple[Config, Tokenizer]:
     """Find whatever can be wrong before processes meet: then none of them waits for another that has given up."""
-    for needed in (("lit_model.pth",), ("model_config.yaml",), ("tokenizer.json", "tokenizer.model")):
-        if not any((directory / name).is_file() for name in needed):
-            raise ValueError(
-                f"{directory} holds no {' or '.join(needed)}. A checkpoint directory of litgpt is meant, such as"
-                " `litgpt download` makes, or recipes/llama3.py in OUT_DIR/final."
-            )
-    return Config.from_file(directory / "model_config.yaml"), Tokenizer(directory)
-
-
-def stored_dtype(directory: Path) -> torch.dtype:
-    state = torch.load(directory / "lit_model.pth", mmap=True, map_location="cpu", weights_only=True)
-    return next(iter(state.get("model", state).values())).dtype
+    check_checkpoint_dir(directory)
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise ValueError(f"{directory} holds neither tokenizer.json nor tokenizer.model.")
+    return Config.from_checkpoint(directory), Tokenizer(directory)
 
 
 def load(fabric: L.Fabric, directory: Path, config: Config) -> Any:
@@ -112,7 +108,7 @@ def load(fabric: L.Fabric, directory: Path, config: Config) -> Any:
     with fabric.init_module(empty_init=True):
         gpt = GPT(config)
     model = fabric.setup(gpt)
-    fabric_tp.checkpoint.litgpt.load(model.module, directory / "lit_model.pth")
+    fabric_tp.checkpoint.load(model, directory)
     return model
 
 

@@ -108,7 +108,7 @@ def resume(fabric: L.Fabric, job: Job, state: dict[str, Any]) -> None:
         check_same_run(job.checkpoint, loaded["run"], state["run"])
         state["step"] = loaded["step"]
     elif args.initial_checkpoint_dir is not None:
-        fabric_tp.checkpoint.litgpt.load(state["model"].module, args.initial_checkpoint_dir / "lit_model.pth")
+        fabric_tp.checkpoint.load(state["model"], args.initial_checkpoint_dir)
     if fabric.is_global_zero:
         continues = job.checkpoint is not None and job.checkpoint.parent.resolve() == args.out_dir.resolve()
         set_aside(args.out_dir, after=state["step"] if continues else 0, keep=args.keep_last)

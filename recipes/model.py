@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from arguments import Args
+from checkpoint_dir import check_checkpoint_dir
 from litgpt import GPT, Config, lora
 from litgpt.config import name_to_config
 from torch import nn
@@ -35,8 +36,8 @@ def model_config(args: Args) -> Config:
     for name in args.model.keys() - known:
         raise ValueError(f"--model.{name}: litgpt's Config has no {name!r}.{did_you_mean(name, known)}")
     directory = args.initial_checkpoint_dir
-    if directory is not None and not (directory / "lit_model.pth").is_file():
-        raise ValueError(f"--initial_checkpoint_dir {directory} holds no lit_model.pth.")
+    if directory is not None:
+        check_checkpoint_dir(directory)
 
     def make(**changes: Any) -> Config:
         if directory is not None:

@@ -3,5 +3,6 @@
 from fabric_tp.checkpoint import huggingface, litgpt
 from fabric_tp.checkpoint.atomic import replacing
 from fabric_tp.checkpoint.conversion import convert
+from fabric_tp.checkpoint.directory import load, stored_dtype
 
-__all__ = ["convert", "huggingface", "litgpt", "replacing"]
+__all__ = ["convert", "huggingface", "litgpt", "load", "replacing", "stored_dtype"]

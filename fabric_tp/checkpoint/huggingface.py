@@ -19,7 +19,17 @@ from tqdm import tqdm
 from fabric_tp.architectures.hub import HubNames, grouped, hub_names
 from fabric_tp.checkpoint.atomic import replacing
 from fabric_tp.checkpoint.files import SAFETENSORS_INDEX, Files
-from fabric_tp.checkpoint.parts import Part, Whole, check_names, check_shape, unwrapped, whole_tensors
+from fabric_tp.checkpoint.parts import (
+    Part,
+    Whole,
+    check_names,
+    check_shape,
+    is_adapters,
+    unwrapped,
+    wanted_of,
+    whole_tensors,
+    without_adapters,
+)
 from fabric_tp.checkpoint.rows import Rows
 from fabric_tp.checkpoint.writing import Sources, write
 
@@ -50,9 +60,10 @@ def load(model: nn.Module, directory: str | Path, *, progress: bool = True) -> N
         model = fabric.setup(model)
         fabric_tp.checkpoint.huggingface.load(model, "checkpoints/Qwen3-8B")
     """
-    names, wanted = hub_names(unwrapped(model)), whole_tensors(model)
+    names = hub_names(unwrapped(model))
     with Files(directory) as files:
         rows, found = numbered(files, names)
+        wanted = wanted_of(model, found)
         found = {name: numbers for name, numbers in found.items() if name in wanted or not names.is_ignored(name)}
         missing = _untied(wanted, wanted.keys() - found.keys(), found.keys())
         check_names(directory, missing, found.keys() - wanted.keys())
@@ -137,6 +148,9 @@ def save(
             f"like={like and str(like)!r} must be a directory with a {CONFIG}, such as that from which the model came:"
             f" a {type(unwrapped(model)).__name__} has no config of Transformers' to write."
         )
+    if any(map(is_adapters, wholes)):
+        _check_merged(unwrapped(model), wholes)
+        wholes = without_adapters(wholes)
     _leave_out_doubles(wholes)
     tied = names.tied is not None and _equal(*(wholes[name] for name in names.tied))
     if tied:
@@ -152,6 +166,15 @@ def save(
             write_config(names, unfinished, like, tied)
         barrier()
         write(unfinished, hub, Sources(rows, like_tensors, lambda name: wholes[name].gather()), max_shard_size)
+
+
+def _check_merged(model: nn.Module, wholes: Iterable[str]) -> None:
+    for name in filter(is_adapters, wholes):
+        if not getattr(model.get_submodule(name.rpartition(".")[0]), "merged", False):
+            raise ValueError(
+                f"{name} is a low-rank adapter, for which the hub's layout has no place. Merge it first:"
+                " fabric_tp.checkpoint.litgpt.merge_adapters(model, unparallelized)."
+            )
 
 
 def _leave_out_doubles(wholes: dict[str, Whole]) -> None:

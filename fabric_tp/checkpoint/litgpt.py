@@ -12,8 +12,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fabric_tp.architectures import LITGPT
-from fabric_tp.shards import add_to_shard, copy_shard, gather_shards
-from fabric_tp.styles.fused_colwise import fused_parameters
+from fabric_tp.checkpoint.files import Files
+from fabric_tp.checkpoint.parts import (
+    Whole,
+    check_names,
+    check_shape,
+    is_adapters,
+    unwrapped,
+    wanted_of,
+    whole_tensors,
+    without_adapters,
+)
 from fabric_tp.styles.low_rank_colwise import DOWN, UP
 
 
@@ -31,8 +40,8 @@ def save(model: nn.Module, path: str | Path, *, adapters: bool = True) -> None:
 
         fabric_tp.checkpoint.litgpt.save(model, "out/final/lit_model.pth")
     """
-    tensors = _whole_tensors(model)
-    state = _gathered(tensors if adapters else _without_adapters(tensors))
+    wholes = whole_tensors(model)
+    state = _gathered(wholes if adapters else without_adapters(wholes))
     _write(state, Path(path))
 
 
@@ -48,7 +57,7 @@ def save_adapters(model: nn.Module, path: str | Path) -> None:
 
         fabric_tp.checkpoint.litgpt.save_adapters(model, "out/final/lit_model.pth.lora")
     """
-    adapters = {key: parts for key, parts in _whole_tensors(model).items() if _is_adapters(key)}
+    adapters = {key: whole for key, whole in whole_tensors(model).items() if is_adapters(key)}
     if not adapters:
         raise ValueError("The model has no low-rank adapters to save: it is no litgpt.lora.GPT, or its lora_r is 0.")
     _write({"model": _gathered(adapters)}, Path(path))
@@ -76,9 +85,10 @@ def merge_adapters(model: nn.Module, unparallelized: nn.Module) -> None:
         fabric_tp.checkpoint.litgpt.merge_adapters(model, unparallelized)
         fabric_tp.checkpoint.litgpt.save(model, "out/final/lit_model.pth", adapters=False)
     """
-    tensors = _whole_tensors(model)
-    found = {key.rpartition(".")[0] for key in tensors if _is_adapters(key)}
-    expected = {key.rpartition(".")[0] for key in unparallelized.state_dict() if _is_adapters(key)}
+    model = unwrapped(model)
+    wholes = whole_tensors(model)
+    found = {key.rpartition(".")[0] for key in wholes if is_adapters(key)}
+    expected = {key.rpartition(".")[0] for key in unparallelized.state_dict() if is_adapters(key)}
     if found != expected or not found:
         raise ValueError(
             f"The model has {len(found)} low-rank adapters and the unparallelized one {len(expected)}, of which"
@@ -87,22 +97,21 @@ def merge_adapters(model: nn.Module, unparallelized: nn.Module) -> None:
     for path in sorted(found):
         whole = copy.deepcopy(unparallelized.get_submodule(path)).to_empty(device="cpu")
         for name in (DOWN, UP):
-            value = torch.cat([gather_shards(part).cpu() for part in tensors[f"{path}.{name}"]])
-            whole.register_parameter(name, nn.Parameter(value))
+            whole.register_parameter(name, nn.Parameter(wholes[f"{path}.{name}"].gather().cpu()))
         change = whole.get_lora_AB()  # type: ignore[operator]
-        weights = next(tensors[key] for base in LITGPT.adapter_bases if (key := f"{path}.{base}.weight") in tensors)
-        for part, rows in zip(weights, change.split([len(part) for part in weights]), strict=True):
-            add_to_shard(part, rows)
+        weight = next(wholes[key] for base in LITGPT.adapter_bases if (key := f"{path}.{base}.weight") in wholes)
+        for part in weight.parts:
+            part.local.add_(change[part.region].to(part.local.device))
         model.get_submodule(path).merged = True  # type: ignore[assignment]
 
 
-def _gathered(tensors: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
+def _gathered(wholes: Mapping[str, Whole]) -> dict[str, Tensor]:
     """On the first rank; nothing on the others."""
     state: dict[str, Tensor] = {}
-    for name, parts in tensors.items():
-        whole = [gather_shards(part).cpu() for part in parts]
+    for name, whole in wholes.items():
+        tensor = whole.gather().cpu()
         if dist.get_rank() == 0:
-            state[name] = whole[0] if len(whole) == 1 else torch.cat(whole)
+            state[name] = tensor
     return state
 
 
@@ -115,6 +124,7 @@ def _write(state: Mapping[str, object], path: Path) -> None:
     dist.barrier()
 
 
+@torch.no_grad()
 def load(model: nn.Module, path: str | Path) -> None:
     """Read a ``lit_model.pth`` into a parallelized model; each rank reads only its shards of the memory-mapped file.
 
@@ -130,52 +140,11 @@ def load(model: nn.Module, path: str | Path) -> None:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"There is no checkpoint file {str(path)!r}. litgpt calls it lit_model.pth.")
-    state = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
-    state = state.get("model", state)
-    wanted = _whole_tensors(model)
-    if not any(_is_adapters(key) for key in state) and any(_is_base(key) for key in wanted):
-        wanted = _without_adapters(wanted)
-    missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    if missing or unexpected:
-        raise ValueError(
-            f"{str(path)!r} does not fit the model: it lacks {len(missing)} keys, such as {missing[:3]}, and has"
-            f" {len(unexpected)} that the model does not, such as {unexpected[:3]}."
-        )
-    for name, parts in wanted.items():
-        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:]) if len(parts) > 1 else parts[0].shape
-        if tuple(state[name].shape) != tuple(shape):
-            raise ValueError(
-                f"{name} has the shape {tuple(state[name].shape)} in {str(path)!r}, the model's {tuple(shape)}."
-            )
-    for name, parts in wanted.items():
-        rows = [part.shape[0] for part in parts] if len(parts) > 1 else None
-        for part, whole in zip(parts, state[name].split(rows) if rows else [state[name]], strict=True):
-            copy_shard(part, whole)
-
-
-def _whole_tensors(model: nn.Module) -> dict[str, list[Tensor]]:
-    """The state dict's tensors by the keys of the unparallelized model, fused ones as a list of their parts."""
-    tensors = dict(model.state_dict())
-    result: dict[str, list[Tensor]] = {}
-    fused = fused_parameters(model)
-    for key, tensor in tensors.items():
-        result.setdefault(fused[key].whole if key in fused else key, []).append(tensor)
-    return result
-
-
-def _without_adapters(tensors: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-    """By the keys that they have in a model without adapters."""
-    bases = LITGPT.adapter_bases
-    return {
-        ".".join(name for name in key.split(".") if name not in bases): parts
-        for key, parts in tensors.items()
-        if not _is_adapters(key)
-    }
-
-
-def _is_adapters(key: str) -> bool:
-    return key.rpartition(".")[2] in (DOWN, UP)
-
-
-def _is_base(key: str) -> bool:
-    return any(name in LITGPT.adapter_bases for name in key.split("."))
+    with Files(path) as files:
+        wanted = wanted_of(model, files.shapes)
+        check_names(path, wanted.keys() - files.shapes.keys(), files.shapes.keys() - wanted.keys())
+        for name, whole in wanted.items():
+            check_shape(path, name, files.shapes[name], whole.shape)
+        for name, whole in wanted.items():
+            for part in whole.parts:
+                part.local.copy_(files.read(name, part.region))

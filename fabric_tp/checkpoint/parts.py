@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -9,8 +10,10 @@ from lightning.fabric.wrappers import _FabricModule
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from fabric_tp.architectures import LITGPT
 from fabric_tp.shards import gather_shards, own_region
 from fabric_tp.styles.fused_colwise import FusedPart, fused_parameters
+from fabric_tp.styles.low_rank_colwise import DOWN, UP
 
 
 class Part(NamedTuple):
@@ -75,6 +78,27 @@ def whole_tensors(model: nn.Module) -> dict[str, Whole]:
         parts = result.setdefault(of.whole, Whole([])).parts
         parts.append(Part(name, tensor, of.dim, sum(part.tensor.shape[of.dim] for part in parts)))
     return result
+
+
+def without_adapters(wholes: Mapping[str, Whole]) -> dict[str, Whole]:
+    """Without low-rank adapters, by the keys that a model has which never had any."""
+    bases = LITGPT.adapter_bases
+    return {
+        ".".join(part for part in name.split(".") if part not in bases): whole
+        for name, whole in wholes.items()
+        if not is_adapters(name)
+    }
+
+
+def is_adapters(name: str) -> bool:
+    return name.rpartition(".")[2] in (DOWN, UP)
+
+
+def wanted_of(model: nn.Module, found: Iterable[str]) -> dict[str, Whole]:
+    """The tensors to read, where these are found; adapters stay what they are, if there are none of them."""
+    wholes = whole_tensors(model)
+    has_bases = any(part in LITGPT.adapter_bases for name in wholes for part in name.split("."))
+    return without_adapters(wholes) if has_bases and not any(map(is_adapters, found)) else wholes
 
 
 def check_names(path: object, missing: set[str], unexpected: set[str]) -> None:

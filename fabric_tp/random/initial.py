@@ -70,7 +70,8 @@ def _reset_of(model: nn.Module, name: str, module: nn.Module) -> Callable[[], ob
     parts = name.split(".") if name else []
     for length in range(len(parts), -1, -1):
         around = model.get_submodule(".".join(parts[:length]))
-        if callable(init_weights := getattr(around, "_init_weights", None)):
+        init_weights = getattr(around, "_init_weights", None)
+        if callable(init_weights) and hasattr(around, "base_model_prefix"):
             return partial(_initialize, module, init_weights, own)
     if not callable(own):
         raise ValueError(

@@ -14,6 +14,7 @@ from litgpt.utils import save_config
 from torch import Tensor, nn
 
 import fabric_tp
+from fabric_tp.checkpoint.parts import is_adapters
 from fabric_tp.shards import gather_shards
 from fabric_tp.testing.ranks import mesh
 from fabric_tp.testing.small import LORA, randomize, small_config, small_lora
@@ -183,5 +184,5 @@ def test_load(pool, tmp_path) -> None:
 def test_no_adapter_is_left_out_of_what_litgpt_calls_one() -> None:
     """The names by which the files are told apart."""
     keys = small_lora("Mixtral-8x7B-v0.1", "every layer").state_dict().keys()
-    ours = {key for key in keys if fabric_tp.checkpoint.litgpt._is_adapters(key)}
+    ours = {key for key in keys if is_adapters(key)}
     assert ours == {key for key in keys if lora.lora_filter(key, None)}

@@ -1,8 +1,10 @@
 from pathlib import Path
 
 import pytest
-from base import check_checkpoint_dir
+import torch
+from checkpoint_dir import check_checkpoint_dir
 from finetune_arguments import FinetuneArgs, command_line, lora_options
+from safetensors.torch import save_file
 
 
 def test_checkpoint_directory_comes_first() -> None:
@@ -45,14 +47,16 @@ def test_adapters_that_do_not_work(given: list[str], match: str) -> None:
 @pytest.mark.parametrize(
     ("files", "match"),
     [
-        ([], r"is no checkpoint directory of litgpt: it holds no lit_model.pth and no model_config.yaml"),
-        (["model_config.yaml"], r"holds no lit_model.pth\."),
-        (["model.safetensors", "config.json"], r"as the hub has them.* litgpt convert_to_litgpt"),
+        ([], r"holds no checkpoint: neither model.safetensors"),
+        (["model_config.yaml"], r"holds no checkpoint: neither model.safetensors"),
+        (["model.safetensors", "config.json"], r"has no model_config.yaml, and 'test_.*' is none of litgpt's names"),
     ],
 )
 def test_directories_that_do_not_work(tmp_path: Path, files: list[str], match: str) -> None:
     for name in files:
         (tmp_path / name).touch()
+    if "model.safetensors" in files:
+        save_file({"one": torch.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=match):
         check_checkpoint_dir(tmp_path)
 

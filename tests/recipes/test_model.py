@@ -10,7 +10,7 @@ from model import model_config
         (["--model.n_layers", "2"], r"no 'n_layers'. Did you mean n_layer"),
         (["--model.n_head", "7"], r"does not fit tiny-llama-3"),
         (["--max_seq_length", "2048"], r"max_seq_length=2048 is above tiny-llama-3's 1024"),
-        (["--initial_checkpoint_dir", "nowhere"], r"nowhere holds no lit_model.pth"),
+        (["--initial_checkpoint_dir", "nowhere"], r"'nowhere' holds no checkpoint"),
         (["--dropout", "1"], r"--dropout 1.0 must lie in \[0, 1\)"),
         (
             ["--dropout", "0.1", "--model_name", "Gemma-2-2b", "--model.block_size", "256"],
