@@ -68,8 +68,8 @@ def merge_adapters(model: nn.Module, unparallelized: nn.Module) -> None:
     """Add each low-rank adapter to the weight that it changes; then the model computes without it.
 
     All ranks must call it, and each changes its own shards. What is added is computed as ``litgpt merge_lora`` does,
-    from the whole of an adapter, on the CPU: so the weights are bitwise the same. Every rank holds the change of one
-    whole weight at a time.
+    from the whole of an adapter, on the CPU: with as many threads (``torch.get_num_threads()``) the weights are bitwise
+    the same. Every rank holds the change of one whole weight at a time.
 
     Args:
         model: A parallelized ``litgpt.lora.GPT``.

@@ -19,6 +19,7 @@ from fabric_tp.shards import gather_shards
 from fabric_tp.testing.ranks import mesh
 from fabric_tp.testing.small import LORA, randomize, small_config, small_lora
 from tests.models import LENGTH, VOCABULARY
+from tests.threads import one_thread
 
 RANK = 4
 NAMES = ["Llama-3-8B", "pythia-14m", "Gemma-2b", "Mixtral-8x7B-v0.1", "phi-2", "SmolLM2-135M"]
@@ -92,7 +93,8 @@ def merged_here_and_there(
 ) -> tuple[dict[str, Tensor], ...]:
     base_directory(name, adapted, folder)
     pool(sizes[0] * sizes[1])(load_save_and_merge, name, adapted, sizes, folder, times, dtype)
-    merge_lora(folder / "final")
+    with one_thread():
+        merge_lora(folder / "final")
     files = (folder / "merged.pth", folder / "final" / "lit_model.pth")
     return tuple(torch.load(file, weights_only=True) for file in files)
 
