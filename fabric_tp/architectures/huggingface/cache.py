@@ -44,6 +44,8 @@ class TransformersCache(Cache):
             self.state["attention_mask"] = mask
         if "position_ids" in self.takes:
             self.state["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        if "logits_to_keep" in self.takes:
+            self.state["logits_to_keep"] = 0  # all; some models cannot do without it
         self.state["cache_position"] = torch.arange(self.longest, device=mask.device)
         return self._forward(first=True)
 

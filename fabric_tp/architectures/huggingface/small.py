@@ -163,7 +163,7 @@ def small_inputs(model: nn.Module, tokens: Tensor) -> Tensor | dict[str, Tensor]
 def own_generate(model: nn.Module, prompts: list[Tensor], max_new_tokens: int) -> list[Tensor]:
     """A batch of prompts with the likeliest continuations, by Transformers' own method."""
     own: Any = model
-    own.generation_config.update(eos_token_id=None, pad_token_id=0)
+    own.generation_config.update(eos_token_id=None, forced_eos_token_id=None, pad_token_id=0)
     tokens, mask = (
         nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
         for rows in (prompts, [torch.ones_like(prompt) for prompt in prompts])
