@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from lightning.fabric import is_wrapped
 from torch import nn
 
-from fabric_tp.parallelize.partial_gradients import is_sharded_by_fsdp
+from fabric_tp.parallelize.partial_gradients import gathered_by_fsdp
 from fabric_tp.styles.style import Held, LocalModule, put_back
 
 
@@ -32,12 +32,13 @@ def decoding(model: nn.Module) -> Iterator[None]:
     parallel = [module for module in model.modules() if isinstance(module, LocalModule)]
     styles = [module.parallelized.style for module in parallel]
     training = [module for module in model.modules() if module.training]
+    gathered = gathered_by_fsdp(model)
     held: Held = []
     try:
         model.eval()
         for module in parallel:
             module.parallelized.style = module.parallelized.decoding or module.parallelized.style
-        for module in parallel if not is_sharded_by_fsdp(model) else ():
+        for module in parallel if not gathered else ():
             held += module.take_local()
         yield
     finally:
@@ -46,3 +47,5 @@ def decoding(model: nn.Module) -> Iterator[None]:
             module.parallelized.style = style
         for each in training:
             each.training = True
+        for group in gathered:
+            group.reshard()  # parameters may change before the next forward, which would use what was gathered here

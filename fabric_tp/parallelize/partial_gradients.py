@@ -136,6 +136,6 @@ def _answer_to_gradient_sync(model: nn.Module, sums: PartialGradients) -> None:
     model.__class__ = type(cls.__name__, (FSDPModule, cls), body)
 
 
-def is_sharded_by_fsdp(model: nn.Module) -> bool:
-    """Whether FSDP2 gathers parameters of the model in each forward."""
-    return any(isinstance(module, FSDPModule) and not hasattr(module, STAND_IN) for module in model.modules())
+def gathered_by_fsdp(model: nn.Module) -> list[FSDPModule]:
+    """The modules whose parameters FSDP2 gathers for each forward."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule) and not hasattr(module, STAND_IN)]

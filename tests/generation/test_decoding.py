@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import fabric_tp
@@ -41,9 +40,7 @@ def states(sizes: tuple[int, int], name: str, ends: str) -> None:
     else:
         assert len(list(stream)) == NEW
     after = state(model)
-    assert {name for name, value in before.items() if value != after[name]} <= (
-        {"parameters"} if isinstance(model, FSDPModule) else set()
-    )
+    assert {name for name, value in before.items() if value != after[name]} == set()
 
 
 @pytest.mark.swept(lambda p: p["ends"] == "compiled" or p["sizes"] == (2, 2))
