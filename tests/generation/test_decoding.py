@@ -40,7 +40,9 @@ def states(sizes: tuple[int, int], name: str, ends: str) -> None:
     else:
         assert len(list(stream)) == NEW
     after = state(model)
-    assert {name for name, value in before.items() if value != after[name]} == set()
+    # FSDP2 leaves gathered what a forward that failed has gathered
+    excused = {"parameters"} if ends == "by an error" and sizes[0] > 1 else set()
+    assert {name for name, value in before.items() if value != after[name]} <= excused
 
 
 @pytest.mark.swept(lambda p: p["ends"] == "compiled" or p["sizes"] == (2, 2))
