@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,8 @@ class Distributed:
                 for each in group
                 for part in self._parts[each]
             }
-            dcp.load(state, storage_reader=self._reader, no_dist=True)
+            with _alone():
+                dcp.load(state, storage_reader=self._reader, no_dist=True)
             self._read = {
                 each: _joined([state[part] for part in self._parts[each]], self._dims[each]) for each in group
             }
@@ -92,7 +95,8 @@ def save_distributed(path: Path, model: nn.Module, like: Mapping[str, Tensor], f
                 return (whole.narrow(dim, start, length) if whole.dim() else whole).clone()
 
             makes[own] = make
-    dcp.save(state, storage_writer=FileSystemWriter(path), planner=_Lazy(makes), no_dist=True)
+    with _alone():
+        dcp.save(state, storage_writer=FileSystemWriter(path), planner=_Lazy(makes), no_dist=True)
     torch.save({}, path / "meta.pt")  # by which Fabric knows a distributed checkpoint
 
 
@@ -105,6 +109,14 @@ class _Lazy(DefaultSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Any:
         return self._makes[write_item.index.fqn]()
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One process does it, and need not be told so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*single process")
+        yield
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:

@@ -39,5 +39,5 @@ def set_decoding_styles(plan: Plan, model: nn.Module) -> None:
 
 def is_decoding(model: nn.Module) -> bool:
     """Whether it follows the plan of :func:`decoding_plan` now."""
-    told = (module.parallelized for module in model.modules() if isinstance(module, LocalModule))
-    return any(this.style is this.decoding for this in told)
+    told = [module.parallelized for module in model.modules() if isinstance(module, LocalModule)]
+    return bool(told) and all(this.style is this.decoding for this in told)  # some have one style in both plans
