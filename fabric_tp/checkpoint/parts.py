@@ -97,8 +97,11 @@ def is_adapters(name: str) -> bool:
 def wanted_of(model: nn.Module, found: Iterable[str]) -> dict[str, Whole]:
     """The tensors to read, where these are found; adapters stay what they are, if there are none of them."""
     wholes = whole_tensors(model)
-    has_bases = any(part in LITGPT.adapter_bases for name in wholes for part in name.split("."))
-    return without_adapters(wholes) if has_bases and not any(map(is_adapters, found)) else wholes
+    return without_adapters(wholes) if _has_adapters(wholes) and not _has_adapters(found) else wholes
+
+
+def _has_adapters(names: Iterable[str]) -> bool:
+    return any(is_adapters(name) or set(name.split(".")) & set(LITGPT.adapter_bases) for name in names)
 
 
 def check_names(path: object, missing: set[str], unexpected: set[str]) -> None:
