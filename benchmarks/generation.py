@@ -26,6 +26,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fabric_tp
+from benchmarks.llama import litgpt_config
 from fabric_tp.testing.ranks import Ranks, mesh
 
 LITGPT, LIMIT = "litgpt, one process", "reading all weights once"
@@ -47,21 +48,7 @@ class Shape:
 
     @property
     def config(self) -> Config:
-        return Config(
-            name="benchmark",
-            block_size=4096,
-            padded_vocab_size=self.vocabulary,
-            n_layer=self.layers,
-            n_embd=self.width,
-            n_head=self.heads,
-            n_query_groups=self.kv_heads,
-            intermediate_size=self.hidden,
-            rotary_percentage=1.0,
-            parallel_residual=False,
-            bias=False,
-            norm_class_name="RMSNorm",
-            mlp_class_name="LLaMAMLP",
-        )
+        return litgpt_config(self, name="benchmark", block_size=4096)
 
 
 def main(

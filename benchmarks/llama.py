@@ -164,22 +164,27 @@ def fabric_tp_step(shape: Shape, whole: bool, mesh: DeviceMesh) -> Step:
     return step(fabric_tp.llama(verify=False)(Llama(shape), mesh), fabric_tp.cross_entropy, shape, whole)
 
 
-def litgpt_step(shape: Shape, whole: bool, mesh: DeviceMesh, **options: Any) -> Step:
-    """The same shape as litgpt's model, with these options of :func:`fabric_tp.litgpt`."""
-    config = Config(
+def litgpt_config(shape: Any, **more: Any) -> Config:
+    """Of a Llama with these layers, width, heads, kv_heads, hidden features and vocabulary."""
+    return Config(
         n_layer=shape.layers,
         n_embd=shape.width,
         n_head=shape.heads,
         n_query_groups=shape.kv_heads,
         intermediate_size=shape.hidden,
         padded_vocab_size=shape.vocabulary,
-        block_size=shape.length,
         rotary_percentage=1.0,
         parallel_residual=False,
         bias=False,
         norm_class_name="RMSNorm",
         mlp_class_name="LLaMAMLP",
+        **more,
     )
+
+
+def litgpt_step(shape: Shape, whole: bool, mesh: DeviceMesh, **options: Any) -> Step:
+    """The same shape as litgpt's model, with these options of :func:`fabric_tp.litgpt`."""
+    config = litgpt_config(shape, block_size=shape.length)
     model = fabric_tp.litgpt(**options)(GPT(config), mesh)
     return step(model, fabric_tp.cross_entropy, shape, whole)
 

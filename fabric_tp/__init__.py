@@ -11,15 +11,15 @@ Where what is, from the ground up; no folder imports from one below it in this l
 ``random/``           initial parameters and random states that are the same on any mesh
 ``parallelize/``      the factories, and the order of the steps: plan, checkpointing, compile, FSDP2, partial gradients
 ``generation/``       text from a model, with a cache of keys and values that is sharded by heads
-``checkpoint/``       litgpt's files; replacing files so that a crash loses nothing
+``checkpoint/``       litgpt's and the hub's files, by shards; conversions; replacing so that a crash loses nothing
 ``data/``             identical batches on the ranks that share a model
 ``strategy/``         all that Fabric meets: strategy, launching, failure, precision, clipping, optimizers
 ``measure/``          memory and communication of a step: counted, estimated, fitted to a card
 ``testing/``          is a model the same in parallel as on one device?
 ====================  ===============================================================================================
 
-``cli.py`` is the command ``fabric-tp``; ``_torch.py`` holds all that is private to torch, ``mesh.py``, ``seeds.py`` and
-``shards.py`` what several folders need.
+``cli.py`` is the command ``fabric-tp``; ``_torch.py`` holds all that is private to torch, ``mesh.py``, ``seeds.py``,
+``shards.py`` and ``wrapping.py`` what several folders need.
 """
 
 import sys

@@ -17,18 +17,18 @@ from dataclasses import replace
 from typing import Any
 
 import lightning as L
+import llama3
 import torch
-from arguments import Job, connect_data, decide_sizes, find_launcher, parallelization
+from arguments import Job
 from base import lora_config, make_finetuned_model, make_tiny_checkpoint
 from batches import Batches, number_of
 from checkpoint_dir import check_checkpoint_dir
-from checkpoints import find_checkpoint, prompt_style, save_beside, what_it_continues
+from checkpoints import prompt_style, save_beside
 from finetune_arguments import FinetuneArgs, command_line, lora_options
 from jsonargparse import set_parsing_settings
 from llama3 import fit, launch, resume, stop_after_step
 from logs import description
 from memory import say_memory
-from model import model_config
 from optimization import make_optimizer
 from packing import Packed
 from torch import nn
@@ -60,23 +60,15 @@ def main(args: FinetuneArgs) -> None:
 
 
 def check(args: FinetuneArgs) -> Job:
-    """Find whatever can be wrong before processes meet: then none of them waits for another that has given up."""
-    launcher = find_launcher(args)
-    sizes = decide_sizes(args, launcher)
+    """As in llama3.py; and what fine-tuning asks for beside it."""
     options = lora_options(args)
     directory = args.initial_checkpoint_dir or make_tiny_checkpoint(args.out_dir / "base")
     check_checkpoint_dir(directory)
     if args.export == "huggingface" and not (directory / "config.json").is_file():
         raise ValueError(f"--export huggingface: {directory} has no config.json, which Transformers needs.")
-    args = replace(args, initial_checkpoint_dir=directory)
-    config = model_config(args)
-    with torch.device("meta"):
-        model = make_finetuned_model(args, config)
-    parallelization(args).check(model, tensor_parallel_size=sizes.tensor_parallel)
-    args = replace(args, data=Packed(args.data)) if args.packing else args
-    tokenizer = connect_data(args, sizes)
-    run = {**what_it_continues(args, sizes, config), "lora": args.lora, "packing": args.packing, **options}
-    return Job(args, launcher, sizes, config, tokenizer, find_checkpoint(args, run), run)
+    data = Packed(args.data) if args.packing else args.data
+    args = replace(args, initial_checkpoint_dir=directory, data=data)
+    return llama3.check(args, make_finetuned_model, lora=args.lora, packing=args.packing, **options)
 
 
 def build(fabric: L.Fabric, job: Job, batches: Batches) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,7 @@ from arguments import Args, Job, command_line, connect_data, decide_sizes, find_
 from batches import IGNORE, Batch, Batches, number_of
 from checkpoints import check_same_run, find_checkpoint, save_final, set_aside, what_it_continues
 from jsonargparse import set_parsing_settings
+from litgpt import GPT, Config
 from litgpt.pretrain import initialize_weights
 from logs import Log, continue_csv, description, make_logger, memory_in_gb, print_sample
 from model import make_model, model_config
@@ -57,16 +58,19 @@ def main(args: Args) -> None:
     fabric.barrier()
 
 
-def check(args: Args) -> Job:
-    """Find whatever can be wrong before processes meet: then none of them waits for another that has given up."""
+def check(args: Args, make: Callable[[Any, Config], GPT] = make_model, **more: Any) -> Job:
+    """Find whatever can be wrong before processes meet: then none of them waits for another that has given up.
+
+    `make` makes the model, and `more` must be the same when the run is continued.
+    """
     launcher = find_launcher(args)
     sizes = decide_sizes(args, launcher)
     config = model_config(args)
     with torch.device("meta"):
-        model = make_model(args, config)
+        model = make(args, config)
     parallelization(args).check(model, tensor_parallel_size=sizes.tensor_parallel)
     tokenizer = connect_data(args, sizes)
-    run = what_it_continues(args, sizes, config)
+    run = {**what_it_continues(args, sizes, config), **more}
     return Job(args, launcher, sizes, config, tokenizer, find_checkpoint(args, run), run)
 
 

@@ -13,7 +13,7 @@ import fabric_tp
 from fabric_tp.architectures import KNOWN
 
 PACKAGE = Path(fabric_tp.__file__).parent
-GROUND = ("_torch", "mesh", "seeds", "shards")
+GROUND = ("_torch", "mesh", "seeds", "shards", "wrapping")
 ROOMS = (
     "architectures",
     "autograd",

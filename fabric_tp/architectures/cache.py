@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+
+from fabric_tp.architectures.names import by_class
 
 CACHES = {
     "litgpt.model.GPT": "fabric_tp.architectures.litgpt.cache:LitGPTCache",
@@ -46,6 +47,14 @@ class Cache(ABC):
         self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=prompts[0].device)
         self.longest = int(self.lengths.max())
         self.length = self.longest + max_new_tokens
+        self.prepare()
+
+    def prepare(self) -> None:  # noqa: B027
+        """What a kind of cache does before the first forward, which must not change the model.
+
+        Raises:
+            ValueError: As the class.
+        """
 
     @abstractmethod
     def prefill(self) -> tuple[Tensor, Tensor]:
@@ -66,10 +75,7 @@ class Cache(ABC):
 class NoCache(Cache):
     """The whole sequences again for each token: a causal model does not see what comes later."""
 
-    def __init__(
-        self, model: nn.Module, call: nn.Module, prompts: Sequence[Tensor], max_new_tokens: int, *, static: bool = False
-    ) -> None:
-        super().__init__(model, call, prompts, max_new_tokens, static=static)
+    def prepare(self) -> None:
         refuse_static(self)
 
     def prefill(self) -> tuple[Tensor, Tensor]:
@@ -103,6 +109,4 @@ def refuse_static(cache: Cache) -> None:
 
 def cache_class(model: nn.Module) -> type[Cache]:
     """The kind of cache of a model, parallelized or not."""
-    names = [f"{each.__module__}.{each.__qualname__}" for each in type(model).__mro__]
-    found = next((CACHES[name] for name in names if name in CACHES), None)
-    return pkgutil.resolve_name(found) if found else NoCache
+    return by_class(CACHES, model) or NoCache

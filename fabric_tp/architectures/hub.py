@@ -13,6 +13,14 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from fabric_tp.architectures.names import by_class
+
+NAMES = {
+    "litgpt.model.GPT": "fabric_tp.architectures.litgpt.hub:litgpt_names",
+    "transformers.modeling_utils.PreTrainedModel": "fabric_tp.architectures.huggingface.hub:transformers_names",
+}
+"""By the class, or one that it inherits from, what gives the :class:`HubNames` of a model."""
+
 Tensors = Mapping[str, Tensor]
 
 
@@ -37,18 +45,8 @@ class HubNames:
 
 def hub_names(model: nn.Module) -> HubNames:
     """The converters for a model, parallelized or not; a model of neither library has the names that it has."""
-    import litgpt
-
-    config = getattr(model, "config", None)
-    if isinstance(config, litgpt.Config):
-        from fabric_tp.architectures.litgpt.hub import litgpt_names
-
-        return litgpt_names(config)
-    if hasattr(model, "base_model_prefix") and hasattr(config, "model_type"):
-        from fabric_tp.architectures.huggingface.hub import transformers_names
-
-        return transformers_names(model)
-    return HubNames(dict, dict)
+    names = by_class(NAMES, model)
+    return names(model) if names else HubNames(dict, dict)
 
 
 def meta_model(directory: Path, model_name: str | None, *, of_litgpt: bool) -> nn.Module:

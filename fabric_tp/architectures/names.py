@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import pkgutil
+from collections.abc import Mapping
+from typing import Any
+
 from torch import nn
 
 
 def class_path(model: nn.Module) -> str:
     """The module and the name of its class."""
     return f"{type(model).__module__}.{type(model).__qualname__}"
+
+
+def by_class(table: Mapping[str, str], model: nn.Module) -> Any:
+    """What a table has for the class of a model, parallelized or not, or for one that it inherits from.
+
+    The table leads from import paths of classes to those of what is wanted, ``"package.module:NAME"``. None if it has
+    nothing.
+    """
+    paths = [f"{each.__module__}.{each.__qualname__}" for each in type(model).__mro__]
+    found = next((table[path] for path in paths if path in table), None)
+    return pkgutil.resolve_name(found) if found else None
 
 
 def has(module: nn.Module, path: str) -> bool:

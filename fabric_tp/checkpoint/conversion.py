@@ -7,20 +7,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from fabric_tp.architectures.hub import HubNames, grouped, hub_names, meta_model, save_as_litgpt
+from fabric_tp.architectures.hub import HubNames, hub_names, meta_model, save_as_litgpt
 from fabric_tp.checkpoint.atomic import replacing
 from fabric_tp.checkpoint.distributed import Distributed, save_distributed
 from fabric_tp.checkpoint.files import LITGPT, Files
-from fabric_tp.checkpoint.huggingface import CONFIG, WEIGHTS, copy_other_files, numbered, write_config
+from fabric_tp.checkpoint.huggingface import CONFIG, copy_other_files, numbered, write_config, write_weights
 from fabric_tp.checkpoint.parts import check_names, check_shape
-from fabric_tp.checkpoint.rows import Rows
-from fabric_tp.checkpoint.writing import Sources, write
+from fabric_tp.checkpoint.writing import Sources
 from fabric_tp.mesh import TENSOR_PARALLEL, fake_mesh
 from fabric_tp.parallelize import auto
 from fabric_tp.plan import apply_plan
@@ -53,12 +52,12 @@ def convert(
         max_shard_size: Of a file for Transformers.
 
     Raises:
-        ValueError: The target exists; the source is no checkpoint, or of an unknown model, or lacks a tensor.
+        ValueError: The target exists; an option is unknown; the source is no checkpoint, or of an unknown model, or
+            lacks a tensor.
     """
     source, target = Path(source), Path(target)
-    if target.exists():
-        raise ValueError(f"{str(target)!r} exists. Give a directory that does not.")
     about = _about(source, like)
+    _check(target, to, dtype)
     model = meta_model(about, model_name, of_litgpt=to == "litgpt")
     names = hub_names(model)
     if to == "huggingface" and names.save_config is None and not (about / CONFIG).is_file():
@@ -69,27 +68,31 @@ def convert(
     with (
         fake_mesh(1, 1) as meshes,
         _opened(source, model, names, mesh := meshes[TENSOR_PARALLEL]) as tensors,
-        replacing(target, moves=True, barrier=lambda: None, stale=WEIGHTS) as unfinished,
+        replacing(target, moves=True, barrier=lambda: None) as unfinished,
     ):
-        if dtype:
-            tensors = tensors.cast(getattr(torch, dtype))
+        tensors = tensors.cast(getattr(torch, dtype)) if dtype else tensors
         unfinished.mkdir()
         if to == "litgpt":
             save_as_litgpt(model, unfinished, tensors.fetch)
-            copy_other_files(about, unfinished)
-        elif to == "huggingface":
+        elif to == "distributed":
+            save_distributed(unfinished, _divided(model, mesh), tensors.like, tensors.fetch)
+        else:
             tied = names.tied is not None and torch.equal(*map(tensors.fetch, names.tied))
             write_config(names, unfinished, about, tied)
-            rows, hub = Rows(), dict[str, Tensor]()
             doubles = [name for _, *others in tied_parameters(model) for name in others]
             doubles += names.tied[:1] if names.tied and tied else []
             kept = {name: tensor for name, tensor in tensors.like.items() if name not in doubles}
-            for group in grouped(kept):
-                hub |= names.to_hub({name: rows.number(name, kept[name].shape) for name in group})
-            write(unfinished, hub, Sources(rows, kept, tensors.fetch), max_shard_size)
-        else:
-            save_distributed(unfinished, _divided(model, mesh), tensors.like, tensors.fetch)
-            copy_other_files(about, unfinished)
+            write_weights(unfinished, names, kept, tensors.fetch, max_shard_size)
+        copy_other_files(about, unfinished)
+
+
+def _check(target: Path, to: str, dtype: str | None) -> None:
+    if target.exists():
+        raise ValueError(f"{str(target)!r} exists. Give a directory that does not.")
+    if to not in get_args(Layout):
+        raise ValueError(f"to={to!r} is no layout of a checkpoint. There are {', '.join(get_args(Layout))}.")
+    if dtype and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype={dtype!r} is none of torch's, such as float32, bfloat16 or float16.")
 
 
 @dataclass(frozen=True)

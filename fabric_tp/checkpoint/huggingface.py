@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,13 +25,13 @@ from fabric_tp.checkpoint.parts import (
     check_names,
     check_shape,
     is_adapters,
-    unwrapped,
     wanted_of,
     whole_tensors,
     without_adapters,
 )
 from fabric_tp.checkpoint.rows import Rows
 from fabric_tp.checkpoint.writing import Sources, write
+from fabric_tp.wrapping import unwrapped
 
 CONFIG = "config.json"
 WEIGHTS = ("model*.safetensors", SAFETENSORS_INDEX, "pytorch_model*.bin", "pytorch_model.bin.index.json")
@@ -125,8 +125,8 @@ def save(
 ) -> None:
     """Write the model as a directory that ``from_pretrained`` reads; its files are written by all ranks side by side.
 
-    All ranks must call it. A rank's memory holds, beside its model, two of the files and the tensors of one block. The
-    directory appears, or takes the place of an older one, when it is complete.
+    All ranks must call it. A rank's memory holds, beside its model, two of the files and the tensors that the next ones
+    are made of. The directory appears, or takes the place of an older one, when it is complete.
 
     Args:
         model: As for :func:`load`.
@@ -155,17 +155,33 @@ def save(
     tied = names.tied is not None and _equal(*(wholes[name] for name in names.tied))
     if tied:
         del wholes[names.tied[0]]  # type: ignore[index]
-    rows, hub = Rows(), dict[str, Tensor]()
-    for group in grouped(wholes):
-        hub |= names.to_hub({name: rows.number(name, wholes[name].shape) for name in group})
-    like_tensors = {name: torch.empty(whole.shape, dtype=whole.dtype, device="meta") for name, whole in wholes.items()}
+    shapes = {name: torch.empty(whole.shape, dtype=whole.dtype, device="meta") for name, whole in wholes.items()}
     barrier = dist.barrier if dist.is_initialized() else _nothing
     with replacing(directory, moves=_is_first(), barrier=barrier, stale=WEIGHTS) as unfinished:
         if _is_first():
             unfinished.mkdir()
             write_config(names, unfinished, like, tied)
         barrier()
-        write(unfinished, hub, Sources(rows, like_tensors, lambda name: wholes[name].gather()), max_shard_size)
+        write_weights(unfinished, names, shapes, lambda name: wholes[name].gather(), max_shard_size)
+
+
+def write_weights(
+    directory: Path,
+    names: HubNames,
+    like: Mapping[str, Tensor],
+    fetch: Callable[[str], Tensor],
+    max_shard_size: int | str,
+) -> None:
+    """Write the model's tensors by the names of the hub.
+
+    Args:
+        like: Shape and dtype of each.
+        fetch: Gives one of them, as for :class:`fabric_tp.checkpoint.writing.Sources`.
+    """
+    rows, hub = Rows(), dict[str, Tensor]()
+    for group in grouped(like):
+        hub |= names.to_hub({name: rows.number(name, like[name].shape) for name in group})
+    write(directory, hub, Sources(rows, like, fetch), max_shard_size)
 
 
 def _check_merged(model: nn.Module, wholes: Iterable[str]) -> None:

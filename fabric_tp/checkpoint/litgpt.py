@@ -18,12 +18,12 @@ from fabric_tp.checkpoint.parts import (
     check_names,
     check_shape,
     is_adapters,
-    unwrapped,
     wanted_of,
     whole_tensors,
     without_adapters,
 )
 from fabric_tp.styles.low_rank_colwise import DOWN, UP
+from fabric_tp.wrapping import unwrapped
 
 
 def save(model: nn.Module, path: str | Path, *, adapters: bool = True) -> None:

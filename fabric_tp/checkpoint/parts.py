@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
-from lightning.fabric.wrappers import _FabricModule
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -14,6 +13,7 @@ from fabric_tp.architectures import LITGPT
 from fabric_tp.shards import gather_shards, own_region
 from fabric_tp.styles.fused_colwise import FusedPart, fused_parameters
 from fabric_tp.styles.low_rank_colwise import DOWN, UP
+from fabric_tp.wrapping import unwrapped
 
 
 class Part(NamedTuple):
@@ -61,11 +61,6 @@ class Whole(NamedTuple):
         """All of it on every rank; all ranks must call this."""
         parts = [gather_shards(part.tensor) for part in self.parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts, self.parts[0].dim)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, without what Fabric puts around it."""
-    return model.module if isinstance(model, _FabricModule) else model
 
 
 def whole_tensors(model: nn.Module) -> dict[str, Whole]:

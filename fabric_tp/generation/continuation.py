@@ -11,11 +11,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fabric_tp.architectures.cache import Cache, cache_class
-from fabric_tp.generation.decoding import decoding, tensor_parallel_size, unwrapped
+from fabric_tp.generation.decoding import decoding, tensor_parallel_size
 from fabric_tp.generation.prompts import Stop, check_prompts, common_seed, stop_sequences
 from fabric_tp.generation.sampling import Sampling
 from fabric_tp.generation.stopping import Continuation, Stopping
 from fabric_tp.parallelize.compiled import compiled_blocks, computed_by, for_each_shape, own_forward
+from fabric_tp.wrapping import unwrapped
 
 
 def generate(
@@ -66,9 +67,19 @@ def generate(
     """
     prompts = check_prompts(tokens)
     new: list[list[int]] = [[] for _ in prompts]
-    how = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    stopping = Stopping(stop_sequences(stop, eos_id), include_eos)
-    for prompt, token in _stream(model, prompts, max_new_tokens, how, seed, stopping, compile):
+    for prompt, token in generate_stream(
+        model,
+        prompts,
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        eos_id=eos_id,
+        stop=stop,
+        include_eos=include_eos,
+        compile=compile,
+    ):
         new[prompt].append(token)
     whole = [torch.cat([prompt, prompt.new_tensor(more)]) for prompt, more in zip(prompts, new, strict=True)]
     return whole[0] if isinstance(tokens, Tensor) else whole
@@ -105,29 +116,17 @@ def generate_stream(
         for token in fabric_tp.generate_stream(model, prompt, 64, eos_id=tokenizer.eos_id, include_eos=False):
             fabric.print(tokenizer.decode(torch.tensor([token])), end="", flush=True)
     """
-    how = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    stopping = Stopping(stop_sequences(stop, eos_id), include_eos)
-    pairs = _stream(model, check_prompts(tokens), max_new_tokens, how, seed, stopping, compile)
-    return (token for _, token in pairs) if isinstance(tokens, Tensor) else pairs
-
-
-def _stream(
-    model: nn.Module,
-    prompts: list[Tensor],
-    max_new_tokens: int,
-    sampling: Sampling,
-    seed: int | None,
-    stopping: Stopping,
-    compile: bool,
-) -> Iterator[tuple[int, int]]:
-    """Check everything now, and generate when somebody asks for a token."""
+    prompts = check_prompts(tokens)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     sampling.check()
+    stopping = Stopping(stop_sequences(stop, eos_id), include_eos)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 0.")
     cache = cache_class(unwrapped(model))(unwrapped(model), model, prompts, max_new_tokens, static=compile)
     first = common_seed(prompts, (max_new_tokens, sampling, stopping, compile), seed)
     generators = [torch.Generator().manual_seed(first + number) for number in range(len(prompts))]
-    return _tokens(cache, max_new_tokens, sampling, generators, [Continuation(stopping) for _ in prompts])
+    pairs = _tokens(cache, max_new_tokens, sampling, generators, [Continuation(stopping) for _ in prompts])
+    return (token for _, token in pairs) if isinstance(tokens, Tensor) else pairs
 
 
 @torch.no_grad()

@@ -5,16 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lightning.fabric import is_wrapped
 from torch import nn
 
 from fabric_tp.parallelize.partial_gradients import gathered_by_fsdp
 from fabric_tp.styles.style import Held, LocalModule, put_back
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model that Fabric has wrapped."""
-    return model.module if is_wrapped(model) else model  # type: ignore[return-value]
 
 
 def tensor_parallel_size(model: nn.Module) -> int:

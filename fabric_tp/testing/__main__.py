@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jsonargparse import auto_cli
@@ -99,8 +99,19 @@ def _builders(models: Models) -> dict[str, BuildModel]:
     return {name: partial(small_causal, name) for name in causal_types()}
 
 
-Compared = Callable[[BuildModel, nn.Module, Any, Parallelize, Ranks, tuple[int, int]], tuple[str, str]]
-"""What is to be compared, from a model and what it takes: a verdict and its details."""
+class Case(NamedTuple):
+    """A model that is to be compared, and how it is parallelized."""
+
+    build: BuildModel
+    parallelize_fn: Parallelize
+    sizes: tuple[int, int]
+    model: nn.Module
+    inputs: Any
+    """What it takes."""
+
+
+Compared = Callable[[Case, Ranks], tuple[str, str]]
+"""Gives a verdict and its details."""
 
 
 def _verdict(
@@ -123,39 +134,22 @@ def _verdict(
     except Exception as error:
         return "ERROR", _first_line(error)
     try:
-        return compared(build, model, inputs, parallelize_fn, ranks, sizes)
+        return compared(Case(build, parallelize_fn, sizes, model, inputs), ranks)
     except AssertionError as error:
         return "DIFFERENT", str(error).strip().splitlines()[-1]
 
 
-def _training(
-    build: BuildModel,
-    model: nn.Module,
-    inputs: Any,
-    parallelize_fn: Parallelize,
-    ranks: Ranks,
-    sizes: tuple[int, int],
-    *,
-    steps: int,
-) -> tuple[str, str]:
-    report = Report(ranks(compare, build, parallelize_fn, inputs, next_token_loss, sizes, steps))
+def _training(case: Case, ranks: Ranks, *, steps: int) -> tuple[str, str]:
+    differences = ranks(compare, case.build, case.parallelize_fn, case.inputs, next_token_loss, case.sizes, steps)
+    report = Report(differences)
     worst, off = report.worst
-    whole = left_whole(parallelize_fn.plan(model, tensor_parallel_size=sizes[1]), model)
+    whole = left_whole(case.parallelize_fn.plan(case.model, tensor_parallel_size=case.sizes[1]), case.model)
     more = f"; whole, and split by its tp_plan: {', '.join(whole)}" if whole else ""
     return ("equal" if report.equal else "DIFFERENT"), f"{off:.1e} {worst}{more}"
 
 
-def _tokens(
-    build: BuildModel,
-    model: nn.Module,
-    inputs: Any,
-    parallelize_fn: Parallelize,
-    ranks: Ranks,
-    sizes: tuple[int, int],
-    *,
-    own: OwnGenerate,
-) -> tuple[str, str]:
-    generated: Generated = ranks(compare_generated, build, parallelize_fn, own, sizes)
+def _tokens(case: Case, ranks: Ranks, *, own: OwnGenerate) -> tuple[str, str]:
+    generated: Generated = ranks(compare_generated, case.build, case.parallelize_fn, own, case.sizes)
     said = f"; its own: {generated.error}" if generated.error else ""
     if generated.equals_own:
         return "equal", f"{'all' if generated.equals_whole else 'as its own, not as without a cache'}{said}"

@@ -85,6 +85,10 @@ def test_mistakes(tmp_path) -> None:
     original = hub("Llama-3-8B", tmp_path / "hub")
     with pytest.raises(ValueError, match="exists"):
         convert(original, original, to="litgpt")
+    with pytest.raises(ValueError, match="to='pytorch' is no layout"):
+        convert(original, tmp_path / "out", to="pytorch")
+    with pytest.raises(ValueError, match="dtype='bf16' is none of torch's"):
+        convert(original, tmp_path / "out", to="litgpt", dtype="bf16")
     (original / "model_config.yaml").rename(tmp_path / "elsewhere.yaml")
     with pytest.raises(ValueError, match="is neither a name"):
         convert(original, tmp_path / "out", to="litgpt")

@@ -18,22 +18,14 @@ NAMES = ("past_key_values", "cache_params", "state")
 class TransformersCache(Cache):
     """Prompts are filled up on the left, as in Transformers' own ``generate``."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        call: nn.Module,
-        prompts: Sequence[Tensor],
-        max_new_tokens: int,
-        *,
-        static: bool = False,
-    ) -> None:
-        super().__init__(model, call, prompts, max_new_tokens, static=static)
+    def prepare(self) -> None:
         refuse_static(self)
-        self.takes = set(inspect.signature(model.forward).parameters)
-        if len({len(prompt) for prompt in prompts}) > 1 and "attention_mask" not in self.takes:
+        self.takes = set(inspect.signature(self.model.forward).parameters)
+        lengths = sorted(len(prompt) for prompt in self.prompts)
+        if len(set(lengths)) > 1 and "attention_mask" not in self.takes:
             raise ValueError(
-                f"{type(model).__name__} takes no attention_mask, so that prompts of different lengths,"
-                f" {sorted(len(prompt) for prompt in prompts)}, cannot share a batch. Generate from one at a time."
+                f"{type(self.model).__name__} takes no attention_mask, so that prompts of different lengths, {lengths},"
+                " cannot share a batch. Generate from one at a time."
             )
 
     def prefill(self) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ prompts may be longer than a sliding window; where scores are softcapped, a prom
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,25 +21,16 @@ SHORTEST = 64
 
 
 class LitGPTCache(Cache):
-    def __init__(
-        self,
-        model: nn.Module,
-        call: nn.Module,
-        prompts: Sequence[Tensor],
-        max_new_tokens: int,
-        *,
-        static: bool = False,
-    ) -> None:
-        super().__init__(model, call, prompts, max_new_tokens, static=static)
-        gpt: Any = model
+    def prepare(self) -> None:
+        gpt: Any = self.model
         needed = self.length - 1  # nothing follows the last token
         if needed > gpt.max_seq_length:
             raise ValueError(
-                f"A prompt of {self.longest} tokens and max_new_tokens={max_new_tokens} need {needed} positions, and"
-                f" the model's max_seq_length is {gpt.max_seq_length}. Use fewer tokens"
+                f"A prompt of {self.longest} tokens and max_new_tokens={self.length - self.longest} need {needed}"
+                f" positions, and the model's max_seq_length is {gpt.max_seq_length}. Use fewer tokens"
                 + (f"; it can be set to {gpt.config.block_size} at most." if _can_grow(gpt, needed) else ".")
             )
-        self.slots = max(SHORTEST, 1 << (needed - 1).bit_length()) if static else max(needed, 1)
+        self.slots = max(SHORTEST, 1 << (needed - 1).bit_length()) if self.static else max(needed, 1)
         self.blocks = list(gpt.transformer.h)
         self.attentions: list[Any] = [block.attn for block in self.blocks]
         self.windows = {_window(attention) for attention in self.attentions}

@@ -20,7 +20,8 @@ from fabric_tp.architectures.hub import HubNames, Tensors
 EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
 
 
-def litgpt_names(config: Config) -> HubNames:
+def litgpt_names(model: nn.Module) -> HubNames:
+    config: Any = model.config
     return HubNames(partial(_to_model, config), partial(_to_hub, config), tied=(HEAD, EMBEDDING))
 
 
