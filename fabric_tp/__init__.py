@@ -33,6 +33,7 @@ from fabric_tp.loss import count_targets, cross_entropy, linear_cross_entropy
 from fabric_tp.measure import estimate, memory
 from fabric_tp.parallelize import Parallelize, auto, feed_forward, from_plan, litgpt, llama
 from fabric_tp.strategy import TensorParallelStrategy, clip, launch, launching, optimizer
+from fabric_tp.styles.quantized import dequantize
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ __all__ = [
     "count_targets",
     "cross_entropy",
     "data",
+    "dequantize",
     "estimate",
     "feed_forward",
     "from_plan",

@@ -27,7 +27,7 @@ from checkpoints import prompt_style, save_beside
 from finetune_arguments import FinetuneArgs, command_line, lora_options
 from jsonargparse import set_parsing_settings
 from llama3 import fit, launch, resume, stop_after_step
-from logs import description
+from logs import description, number_of_parameters
 from memory import say_memory
 from optimization import make_optimizer
 from packing import Packed
@@ -68,7 +68,8 @@ def check(args: FinetuneArgs) -> Job:
         raise ValueError(f"--export huggingface: {directory} has no config.json, which Transformers needs.")
     data = Packed(args.data) if args.packing else args.data
     args = replace(args, initial_checkpoint_dir=directory, data=data)
-    return llama3.check(args, make_finetuned_model, lora=args.lora, packing=args.packing, **options)
+    more = {"lora": args.lora, "packing": args.packing, "quantize": args.quantize, **options}
+    return llama3.check(args, make_finetuned_model, **more)
 
 
 def build(fabric: L.Fabric, job: Job, batches: Batches) -> dict[str, Any]:
@@ -88,6 +89,9 @@ def save_final(fabric: L.Fabric, job: Job, model: nn.Module) -> None:
     with replacing(args.out_dir / "final", moves=fabric.is_global_zero, barrier=fabric.barrier) as unfinished:
         if args.lora:
             fabric_tp.checkpoint.litgpt.save_adapters(model, unfinished / "lit_model.pth.lora")
+            if args.quantize:  # to be merged with the weights as they were before
+                fabric_tp.dequantize(model)
+                fabric_tp.checkpoint.load(model, args.initial_checkpoint_dir)
             with torch.device("meta"):
                 unparallelized = make_finetuned_model(args, job.config)
             fabric_tp.checkpoint.litgpt.merge_adapters(model, unparallelized)
@@ -113,7 +117,7 @@ def print_answer(fabric: L.Fabric, job: Job, batches: Batches, model: nn.Module)
 
 
 def trained(model: nn.Module) -> str:
-    every = sum(parameter.numel() for parameter in model.parameters())
+    every = number_of_parameters(model)
     number = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return f"\ntrained: {number / 1e6:,.2f} M of {every / 1e6:,.1f} M parameters"
 

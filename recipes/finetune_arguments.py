@@ -83,9 +83,11 @@ def lora_options(args: FinetuneArgs) -> dict[str, Any]:
     """The options of litgpt.lora.Config; none without adapters.
 
     Raises:
-        ValueError: They make no adapters, or are given without --lora true.
+        ValueError: They make no adapters, or something is given that needs --lora true.
     """
     options = {each.name: getattr(args, each.name) for each in fields(args) if each.name.startswith("lora_")}
+    if args.quantize and not args.lora:
+        raise ValueError(f"--quantize {args.quantize} is for weights that are not trained. Add --lora true.")
     if not args.lora:
         defaults = {each.name: each.default for each in fields(args)}
         for name in (name for name, value in options.items() if value != defaults[name]):

@@ -107,12 +107,12 @@ def build(fabric: L.Fabric, job: Job, batches: Batches) -> dict[str, Any]:
 def resume(fabric: L.Fabric, job: Job, state: dict[str, Any]) -> None:
     """Go on from a checkpoint, or from other weights, and move aside what other runs have left in `out_dir`."""
     args = job.args
+    if args.initial_checkpoint_dir is not None and (job.checkpoint is None or args.quantize):
+        fabric_tp.checkpoint.load(state["model"], args.initial_checkpoint_dir)
     if job.checkpoint is not None:
         fabric.load(job.checkpoint, loaded := dict(state))
         check_same_run(job.checkpoint, loaded["run"], state["run"])
         state["step"] = loaded["step"]
-    elif args.initial_checkpoint_dir is not None:
-        fabric_tp.checkpoint.load(state["model"], args.initial_checkpoint_dir)
     if fabric.is_global_zero:
         continues = job.checkpoint is not None and job.checkpoint.parent.resolve() == args.out_dir.resolve()
         set_aside(args.out_dir, after=state["step"] if continues else 0, keep=args.keep_last)

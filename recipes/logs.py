@@ -16,6 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 import fabric_tp
+from fabric_tp.styles.quantized import quantized_weights
 
 
 class Log:
@@ -52,9 +53,15 @@ class Log:
         self.bar.close()
 
 
+def number_of_parameters(model: nn.Module) -> int:
+    """Quantized ones too."""
+    quantized = sum(weight.shape.numel() for weight in quantized_weights(model).values())
+    return quantized + sum(parameter.numel() for parameter in model.parameters())
+
+
 def description(fabric: L.Fabric, job: Job, batches: Batches, model: nn.Module, first_step: int) -> str:
     args, sizes = job.args, job.sizes
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    parameters = number_of_parameters(model) / 1e6
     counts = [number_of(loader) for loader in (batches.train_data, batches.val_data)]
     training, validation = ("a stream" if count is None else f"{count:,} samples" for count in counts)
     return (

@@ -57,6 +57,7 @@ def test_console_script() -> None:
     assert script.load() is cli.main
 
 
+@pytest.mark.sweep
 def test_fit_lists_the_cheapest_first(capsys) -> None:
     cli.estimate("pythia-14m", tensor_parallel_size=2, sequence_length=64, fit="1GiB")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")][-2:]

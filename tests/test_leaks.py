@@ -91,6 +91,7 @@ def test_as_much_is_alive_after_many_steps_as_after_five(pool, sizes, activation
     assert not more
 
 
+@pytest.mark.swept(lambda p: p["leak"] != "object")
 @pytest.mark.parametrize(("leak", "kind"), [("loss", "Tensor"), ("tensor of a number", "bytes"), ("object", "objects")])
 def test_a_leak_would_be_noticed(pool, leak, kind) -> None:
     early, late = pool(2)(train, (1, 2), {}, 1, True, leak)

@@ -72,6 +72,7 @@ MUTATIONS = {
 }
 
 
+@pytest.mark.swept(lambda p: p["sequence_parallel"] == (list(MUTATIONS).index(p["mutation"]) % 2 == 0))
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_notices(pool, mutation, sequence_parallel) -> None:

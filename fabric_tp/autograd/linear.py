@@ -100,14 +100,18 @@ def enter(x: Tensor, group: Group, *, sequence: bool, padding: int = 0, dim: int
     return _Enter.apply(x, group, sequence, padding, dim, producer)
 
 
-def linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None] = ()) -> Tensor:
+Weight = Tensor | Callable[[], Tensor]
+"""Or what gives a frozen weight, which is stored in another form, each time that it is needed; nobody keeps it."""
+
+
+def linear(x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None] = ()) -> Tensor:
     """``torch.nn.functional.linear`` with a weight that is put together from parts, rows after rows.
 
     Neither the whole weight is kept for the backward nor, if it can be recomputed, ``x``.
 
     Args:
         x: ``(..., h)``.
-        weights: Each ``(f, h)``. They must be parameters, or else memory that somebody holds anyway.
+        weights: Each ``(f, h)``. They must be parameters, or else memory that somebody holds anyway; or functions.
         biases: Each ``(f,)``; as many as weights, or none.
 
     Returns:
@@ -117,16 +121,18 @@ def linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
         RuntimeError: In the backward, if a weight was changed in place since the forward.
     """
     there = [bias for bias in biases if bias is not None]
-    if len(weights) > 1 and not torch.is_grad_enabled() and x.shape[:-1].numel() < sum(map(len, weights)):
+    stored = [weight for weight in weights if isinstance(weight, Tensor)]
+    if len(stored) > 1 and not torch.is_grad_enabled() and x.shape[:-1].numel() < sum(map(len, stored)):
         # To put a few rows together costs less than to put the weights together: while tokens are generated.
         each_bias: Sequence[Tensor | None] = there or [None] * len(weights)
-        return torch.cat([F.linear(x, *part) for part in zip(weights, each_bias, strict=True)], -1)
+        return torch.cat([F.linear(x, *part) for part in zip(stored, each_bias, strict=True)], -1)
+    is_whole = len(stored) == len(weights) == 1
     if torch.compiler.is_compiling():
-        weight = weights[0] if len(weights) == 1 else recomputed_by_compiler(torch.cat, list(weights))
+        weight = stored[0] if is_whole else recomputed_by_compiler(_joined, list(weights))
         return F.linear(x, weight, _joined(there) if there else None)
     producer = producer_of(x)
-    if producer is None and len(weights) == 1:
-        return F.linear(x, weights[0], *there)
+    if producer is None and is_whole:
+        return F.linear(x, stored[0], *there)
     return _Linear.apply(x, producer, len(weights), *weights, *there)
 
 
@@ -210,10 +216,10 @@ def _refuse_second_derivatives() -> None:
 
 class _Linear(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, producer: Any, count: int, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, producer: Any, count: int, *tensors: Any) -> Tensor:
         weights, biases = tensors[:count], tensors[count:]
         ctx.producer, ctx.dtype, ctx.shape = producer, x.dtype, x.shape
-        ctx.weights, ctx.versions = weights, [weight._version for weight in weights]
+        ctx.weights, ctx.versions, ctx.bias_sizes = weights, _versions(weights), list(map(len, biases))
         ctx.trains = any(ctx.needs_input_grad[3 : 3 + count])
         ctx.shared_input = _shared_input(x, producer)
         if ctx.shared_input is not None:
@@ -275,7 +281,7 @@ def _input_gradient(ctx: Any, rows: Tensor) -> Tensor:
 
 
 def _weight(ctx: Any, dtype: torch.dtype) -> Tensor:
-    if ctx.versions != [weight._version for weight in ctx.weights]:
+    if ctx.versions != _versions(ctx.weights):
         raise RuntimeError("A weight was changed in place between the forward and the backward that needs it.")
     return _joined(ctx.weights).to(dtype)
 
@@ -284,11 +290,16 @@ def _bias_grads(ctx: Any, rows: Tensor) -> Sequence[Tensor | None]:
     needed = ctx.needs_input_grad[3 + len(ctx.weights) :]
     if not any(needed):
         return [None] * len(needed)
-    return rows.sum(0).split([len(weight) for weight in ctx.weights])
+    return rows.sum(0).split(ctx.bias_sizes)
 
 
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
+def _versions(weights: Sequence[Weight]) -> list[int]:
+    return [weight._version for weight in weights if isinstance(weight, Tensor)]
+
+
+def _joined(parts: Sequence[Weight]) -> Tensor:
+    tensors = [part if isinstance(part, Tensor) else part() for part in parts]
+    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from fabric_tp.architectures.hub import HubNames, grouped, hub_names
 from fabric_tp.checkpoint.atomic import replacing
 from fabric_tp.checkpoint.files import SAFETENSORS_INDEX, Files
 from fabric_tp.checkpoint.parts import (
-    Part,
     Whole,
     check_names,
     check_shape,
@@ -73,7 +72,8 @@ def load(model: nn.Module, directory: str | Path, *, progress: bool = True) -> N
         hidden = not (progress and _is_first())
         for name in tqdm(found, desc="Reading weights", unit=" tensors", disable=hidden, delay=3, leave=False):
             for part in wanted[name].parts:
-                _fill(part, found[name], rows, files)
+                with part.filled() as local:
+                    _fill(local, part.region, found[name], rows, files)
 
 
 class Numbered(NamedTuple):
@@ -104,9 +104,8 @@ def _shape(numbers: Tensor, rows: Rows, files: Files) -> torch.Size:
     return torch.Size((*numbers.shape, source[-1])) if len(source) > 1 else numbers.shape
 
 
-def _fill(part: Part, numbers: Tensor, rows: Rows, files: Files) -> None:
+def _fill(local: Tensor, region: tuple[slice, ...], numbers: Tensor, rows: Rows, files: Files) -> None:
     """Read what this rank has of a tensor, whose rows are those with these numbers."""
-    region, local = part.region, part.local
     if not local.numel():
         return
     if name := rows.whole(numbers):

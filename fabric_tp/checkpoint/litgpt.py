@@ -23,6 +23,7 @@ from fabric_tp.checkpoint.parts import (
     without_adapters,
 )
 from fabric_tp.styles.low_rank_colwise import DOWN, UP
+from fabric_tp.styles.quantized import quantized_weights
 from fabric_tp.wrapping import unwrapped
 
 
@@ -76,7 +77,7 @@ def merge_adapters(model: nn.Module, unparallelized: nn.Module) -> None:
         unparallelized: The same model as it was before, of which only shapes and sizes matter: on the meta device.
 
     Raises:
-        ValueError: The models have not the same adapters, or there are none.
+        ValueError: The models have not the same adapters, or there are none; weights are quantized.
 
     Example::
 
@@ -86,6 +87,11 @@ def merge_adapters(model: nn.Module, unparallelized: nn.Module) -> None:
         fabric_tp.checkpoint.litgpt.save(model, "out/final/lit_model.pth", adapters=False)
     """
     model = unwrapped(model)
+    if quantized_weights(model):
+        raise ValueError(
+            "The weights are quantized, and what adapters add would be rounded with them. Make parameters of them"
+            " first, fabric_tp.dequantize(model), and read the checkpoint again, which undoes the rounding."
+        )
     wholes = whole_tensors(model)
     found = {key.rpartition(".")[0] for key in wholes if is_adapters(key)}
     expected = {key.rpartition(".")[0] for key in unparallelized.state_dict() if is_adapters(key)}
@@ -147,4 +153,5 @@ def load(model: nn.Module, path: str | Path) -> None:
             check_shape(path, name, files.shapes[name], whole.shape)
         for name, whole in wanted.items():
             for part in whole.parts:
-                part.local.copy_(files.read(name, part.region))
+                with part.filled() as local:
+                    local.copy_(files.read(name, part.region))

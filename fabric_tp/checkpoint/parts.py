@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from fabric_tp.architectures import LITGPT
 from fabric_tp.shards import gather_shards, own_region
 from fabric_tp.styles.fused_colwise import FusedPart, fused_parameters
 from fabric_tp.styles.low_rank_colwise import DOWN, UP
+from fabric_tp.styles.quantized import QuantizedWeight, quantized_weights
 from fabric_tp.wrapping import unwrapped
 
 
@@ -24,11 +26,29 @@ class Part(NamedTuple):
     tensor: Tensor
     dim: int
     start: int
+    quantized: QuantizedWeight | None = None
+    """What holds the values, if the tensor does not: it is on the meta device then."""
 
     @property
     def local(self) -> Tensor:
-        """What this rank has of it."""
-        return self.tensor._local_tensor if isinstance(self.tensor, DTensor) else self.tensor.data
+        """What this rank has of it; of a quantized weight, a copy."""
+        tensor = self.quantized.parameter() if self.quantized else self.tensor
+        return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.data
+
+    @contextmanager
+    def filled(self) -> Iterator[Tensor]:
+        """What this rank has of it, to be given its values."""
+        if self.quantized is None:
+            yield self.local
+            return
+        like = self.tensor._local_tensor if isinstance(self.tensor, DTensor) else self.tensor
+        local = torch.empty_like(like, device=self.quantized.device)
+        yield local
+        self.quantized.store(local)
+
+    def gather(self) -> Tensor:
+        """All of it on every rank; all ranks must call this."""
+        return gather_shards(self.quantized.parameter() if self.quantized else self.tensor)
 
     @property
     def region(self) -> tuple[slice, ...]:
@@ -59,19 +79,22 @@ class Whole(NamedTuple):
 
     def gather(self) -> Tensor:
         """All of it on every rank; all ranks must call this."""
-        parts = [gather_shards(part.tensor) for part in self.parts]
+        parts = [part.gather() for part in self.parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts, self.parts[0].dim)
 
 
 def whole_tensors(model: nn.Module) -> dict[str, Whole]:
-    """All that a state dict has, in its order."""
+    """All that a state dict has, in its order, and what is quantized."""
     model = unwrapped(model)
     result: dict[str, Whole] = {}
     fused = fused_parameters(model)
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    quantized = quantized_weights(model)
+    tensors = model.state_dict(keep_vars=True) | {name: weight.like for name, weight in quantized.items()}
+    for name, tensor in tensors.items():
         of = fused.get(name, FusedPart(name, 0))
         parts = result.setdefault(of.whole, Whole([])).parts
-        parts.append(Part(name, tensor, of.dim, sum(part.tensor.shape[of.dim] for part in parts)))
+        start = sum(part.tensor.shape[of.dim] for part in parts)
+        parts.append(Part(name, tensor, of.dim, start, quantized.get(name)))
     return result
 
 

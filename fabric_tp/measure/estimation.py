@@ -20,6 +20,7 @@ from fabric_tp.measure.memory import KINDS
 from fabric_tp.measure.step import CountedStep, count_step, default_dtype
 from fabric_tp.mesh import fake_mesh, fake_tensors
 from fabric_tp.parallelize import Parallelize, litgpt
+from fabric_tp.styles.quantized import quantizable
 
 if TYPE_CHECKING:  # it takes seconds to import, and not every user of this package has such a model
     from litgpt import Config
@@ -152,6 +153,7 @@ def _least(
 ) -> dict[str, int]:
     from fabric_tp.architectures.litgpt.memory import least_memory
 
+    blocks: Any = model.get_submodule("transformer.h")
     return least_memory(
         model,
         **sizes,
@@ -159,6 +161,7 @@ def _least(
         precision=precision,
         activation_checkpointing=parallelize.activation_checkpointing,
         fused_loss=parallelize.fused_loss,
+        quantized=sum(weight.numel() for weight in quantizable(blocks)) if parallelize.quantize else 0,
     )
 
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from fabric_tp.measure.communication import Collective, CollectiveCounter
 from fabric_tp.measure.memory import Memory, MemoryTracker
 from fabric_tp.strategy.optimizer import local
+from fabric_tp.styles.quantized import quantized_weights
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def count_step(
     with CollectiveCounter(mesh) as counter, MemoryTracker() as tracker:
         tracker.mark("buffers", [*model.buffers(), *batch])
         tracker.mark("parameters", model.parameters())
+        tracker.mark("parameters", (each for weight in quantized_weights(model).values() for each in weight.tensors()))
         watch = _Phases(tracker, counter)
         hooks = [lm_head.register_forward_pre_hook(watch.enter_lm_head)] if lm_head is not None else []
         for whole in (warm_up, True):

@@ -18,7 +18,10 @@ ENCODED = ("encoder_hidden_states", "encoder_outputs")
 
 def sample_arguments(model: nn.Module, size: int, device: torch.device) -> Iterator[dict[str, Any]]:
     """Arguments that the forward may mean, by the names of those that it needs; first with an encoder's output."""
-    first, *others = needed_arguments(model)
+    names = needed_arguments(model)
+    if not names:
+        return
+    first, *others = names
     embedding = next(module for module in model.modules() if isinstance(module, nn.Embedding))
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     length = size * -(-LENGTH // size)

@@ -69,7 +69,7 @@ def expect(model: nn.Module, blocks: Sequence[nn.Module], size: int, device: tor
                 return Expected(arguments, chosen, outputs, shapes, _draws(model, chosen, arguments, device))
         except Exception as error:
             errors.append(f"{type(error).__name__}: {error}".splitlines()[0])
-    needed = ", ".join(needed_arguments(model))
+    needed = ", ".join(needed_arguments(model)) or "arguments without names"
     raise CannotRun(f"its forward takes {needed}" + (f" and ends in {errors[-1]}" if errors else ""))
 
 

@@ -38,6 +38,11 @@ def shard_over_data_parallel(
     shard(model, reshard_after_forward=False)
 
 
+def computed_dtype(options: BlockOptions) -> torch.dtype | None:
+    """Of a block's parameters in the forward; None: their own."""
+    return _policy(options).param_dtype
+
+
 def _policy(options: BlockOptions) -> MixedPrecisionPolicy:
     if isinstance(options.mixed_precision, MixedPrecisionPolicy):
         return options.mixed_precision

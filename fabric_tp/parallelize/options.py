@@ -2,10 +2,12 @@
 
 import inspect
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import docstring_parser
 from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from fabric_tp.styles.quantized import Quantization
 
 ActivationCheckpointing = Literal["none", "full", "selective"]
 MixedPrecision = Literal["bf16-mixed"]
@@ -27,9 +29,14 @@ class BlockOptions:
     reshard_after_forward: bool = True
     """Free a block's gathered parameters after its forward and gather them again in its backward. ``False``: more
     memory, less communication over the data-parallel ranks."""
+    quantize: Quantization | None = None
+    """``"bnb.nf4"`` or ``"bnb.fp4"``: keep the frozen weights of the blocks' linear layers in four bits a number
+    (QLoRA), each rank its part, which FSDP2 does not split further. Needs bitsandbytes. A model on the meta device gets
+    them from ``fabric_tp.checkpoint.load``; they are in no checkpoint of ``fabric.save``."""
 
     def __post_init__(self) -> None:
         _check_choice("activation_checkpointing", self.activation_checkpointing, ("none", "full", "selective"))
+        _check_choice("quantize", self.quantize, (None, *get_args(Quantization)))
         if not isinstance(self.mixed_precision, MixedPrecisionPolicy):
             _check_choice("mixed_precision", self.mixed_precision, (None, "bf16-mixed"))
 

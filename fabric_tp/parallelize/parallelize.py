@@ -17,7 +17,7 @@ from fabric_tp import _torch
 from fabric_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL, device_of
 from fabric_tp.parallelize.blocks import checkpoint_or_compile
 from fabric_tp.parallelize.decoding import is_decoding, set_decoding_styles
-from fabric_tp.parallelize.fsdp import shard_over_data_parallel
+from fabric_tp.parallelize.fsdp import computed_dtype, shard_over_data_parallel
 from fabric_tp.parallelize.lean import make_lean
 from fabric_tp.parallelize.options import BlockOptions
 from fabric_tp.parallelize.partial_gradients import PartialGradients
@@ -25,6 +25,7 @@ from fabric_tp.parallelize.verification import verified, verify_without_ranks
 from fabric_tp.plan import Plan, apply_plan, check_plan
 from fabric_tp.plan.table import table
 from fabric_tp.random import broadcast, initialize, shared_seed
+from fabric_tp.styles.quantized import check_quantization, quantize
 from fabric_tp.styles.random_module import follow_run, has_followers
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -75,6 +76,8 @@ class ParallelizeByPlan(BlockOptions):
         _synchronise(model, device_mesh, device)
         with _verified(model, derived, mesh):
             _divide(model, derived, mesh)
+        if self.quantize:
+            quantize(derived.blocks or [model], self.quantize, computed_dtype(self))
         checkpoint_or_compile(derived.blocks or [model], self)
         shard_over_data_parallel(model, derived.blocks, derived.ends, _data_parallel(device_mesh), self)
         if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
@@ -118,6 +121,8 @@ class ParallelizeByPlan(BlockOptions):
             raise ValueError(f"tensor_parallel_size={tensor_parallel_size} must be at least 1.")
         derived = self.derive(model, tensor_parallel_size)
         check_plan(derived.plan, model, tensor_parallel_size, derived.derived_from)
+        if self.quantize:
+            check_quantization(derived.blocks or [model], self.quantize)
         return derived
 
 

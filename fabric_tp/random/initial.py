@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,8 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fabric_tp.plan import tie, tied_parameters
 from fabric_tp.seeds import mix
-from fabric_tp.shards import copy_shard
+from fabric_tp.shards import copy_shard, own_region
 from fabric_tp.styles.fused_colwise import FusedModule
+from fabric_tp.styles.quantized import QuantizedWeight
 
 
 def initialize(model: nn.Module, device: torch.device, seed: int) -> None:
@@ -107,12 +108,12 @@ def _pending(model: nn.Module) -> Iterator[_Pending]:
     for name, module in model.named_modules():
         if module in parts:
             continue
-        stored = {own: [(module, own)] for own, parameter in module._parameters.items() if parameter is not None}
+        stored = {own: [(module, own)] for own in (*module._parameters, "weight") if _held(module, own) is not None}
         if isinstance(module, FusedModule):
             holders = [module.get_submodule(part.rpartition(".")[0]) for part in module.part_names("")]
             parts.update(holders)
             stored |= {own: [(holder, own) for holder in holders] for own in module.fused_names()}
-        wanted = {own: places for own, places in stored.items() if any(m.get_parameter(n).is_meta for m, n in places)}
+        wanted = {own: places for own, places in stored.items() if any(_held(m, n).is_meta for m, n in places)}
         buffers = [own for own, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         if wanted or buffers:
             yield _Pending(name, module, wanted, buffers)
@@ -121,10 +122,12 @@ def _pending(model: nn.Module) -> Iterator[_Pending]:
 def _reset(pending: _Pending, device: torch.device, reset: Callable[[], object]) -> list[str]:
     """Returns the names of parameters that have no value after it."""
     module = pending.module
-    stored = {name: [owner.get_parameter(own) for owner, own in at] for name, at in pending.parameters.items()}
+    stored = {name: [_held(owner, own) for owner, own in at] for name, at in pending.parameters.items()}
     dims = {name: _dim(module, name) if len(parts) > 1 else 0 for name, parts in stored.items()}
-    held = dict(module._parameters)
+    held, quantized = dict(module._parameters), _held(module, "weight")
     try:
+        if isinstance(quantized, QuantizedWeight):
+            del module.weight
         for name, parts in stored.items():
             shape = list(parts[0].shape)
             if len(parts) > 1:
@@ -143,11 +146,22 @@ def _reset(pending: _Pending, device: torch.device, reset: Callable[[], object])
             whole, dim = module.get_parameter(name).detach(), dims[name]
             wholes = whole.split([part.shape[dim] for part in parts], dim) if len(parts) > 1 else [whole]
             for part, values in zip(parts, wholes, strict=True):
-                copy_shard(part, values)
+                if isinstance(part, QuantizedWeight):
+                    part.store(values[own_region(part.like)])
+                else:
+                    copy_shard(part, values)
         return [f"{pending.name}.{name}" for name in stored if _is_unset(module.get_parameter(name))]
     finally:
         module._parameters.clear()
         module._parameters.update(held)
+        if isinstance(quantized, QuantizedWeight):
+            module.weight = quantized  # type: ignore[assignment]
+
+
+def _held(module: nn.Module, name: str) -> Any:
+    """The module's own parameter of this name, or the quantized weight in its place; None if it has none."""
+    attribute = module.__dict__.get(name)
+    return attribute if isinstance(attribute, QuantizedWeight) else module._parameters.get(name)
 
 
 def _dim(module: nn.Module, name: str) -> int:

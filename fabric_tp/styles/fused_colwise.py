@@ -25,8 +25,8 @@ class FusedModule(LocalModule):
 
     def fused_names(self) -> list[str]:
         """Names of the parameters that are held in parts, as the unparallelized module has them."""
-        first = next(iter(self.parallelized.style.parts), None)
-        return [] if first is None else [name for name, _ in self.get_submodule(first).named_parameters(recurse=False)]
+        prefix = f"{next(iter(self.parallelized.style.parts), None)}."
+        return [name.removeprefix(prefix) for name in self.parallelized.shapes if name.startswith(prefix)]
 
     def part_names(self, name: str) -> list[str]:
         return [f"{part}.{name}" for part in self.parallelized.style.parts]

@@ -211,7 +211,8 @@ def _train(
             optimizer.step()
             optimizer.zero_grad()
     whole = _whole(model, lambda parameter: parameter)
-    weights = dict(reference.named_parameters()) if reference is not None else {}
+    named = reference.named_parameters() if reference is not None else ()
+    weights = {name: weight for name, weight in named if weight.requires_grad or name in whole}  # others are quantized
     return differences | {f"{name} after {steps} steps": _off(whole[name], weight) for name, weight in weights.items()}
 
 

@@ -47,7 +47,7 @@ def plan(layout: Layout, loss_parallel: bool) -> fabric_tp.Parallelize:
     )
 
 
-@pytest.mark.swept(lambda p: p["sizes"] != (1, 2) or not p["loss_parallel"] or p["layout"] == "replicate")
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("layout", "loss_parallel", "sizes"),
     [

@@ -44,7 +44,7 @@ def build_other() -> nn.Module:
     return model
 
 
-@pytest.mark.swept(lambda p: (p["sizes"], p["sequence_parallel"]) != ((1, 2), True))
+@pytest.mark.sweep
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 @pytest.mark.parametrize("sizes", [(1, 2), (1, 3), (1, 4), (2, 2)], ids=str)
 def test_twelve_heads_and_three_of_keys_and_values(pool, sizes, sequence_parallel) -> None:

@@ -84,6 +84,7 @@ def test_is_recognised(model_type) -> None:
     assert recognise(small_causal(model_type)).name == (TYPES | WITH_MIXERS)[model_type]
 
 
+@pytest.mark.swept(lambda p: p["model_type"] in CORE[3:])
 @pytest.mark.parametrize("model_type", CORE)
 def test_equals_one_device(pool, model_type) -> None:
     parallelize_fn = fabric_tp.auto(replicate_attention=model_type in WITH_MIXERS)

@@ -47,7 +47,7 @@ def batch(rows: int, length: int = LENGTH, seed: int = 0) -> dict[str, Tensor]:
     return {"input_ids": tokens, "attn_mask": causal_and_padding(tokens, torch.get_default_dtype())}
 
 
-@pytest.mark.swept(lambda p: p["sizes"] in ((1, 4), (2, 2)) or (p["sizes"] == (1, 3) and not p["sequence_parallel"]))
+@pytest.mark.swept(lambda p: p["sizes"] != (1, 2) or not p["sequence_parallel"])
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 @pytest.mark.parametrize("sizes", [(1, 2), (1, 3), (1, 4), (2, 2)], ids=str)
 def test_equals_one_device(pool, sizes, sequence_parallel) -> None:
@@ -148,7 +148,7 @@ def trained_in_parallel(sizes: tuple[int, int], loss: str) -> dict[str, float]:
     return off
 
 
-@pytest.mark.swept(lambda p: p["sizes"] == (1, 2) or p["loss"] == "torch")
+@pytest.mark.swept(lambda p: p["sizes"] != (2, 2) or p["loss"] == "torch")
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("sizes", [(1, 2), (1, 3), (2, 2)], ids=str)
 def test_the_scripts_training(pool, sizes, loss) -> None:
@@ -222,6 +222,7 @@ def test_nanogpt(pool, size, sequence_parallel) -> None:
     assert report.equal, str(report)
 
 
+@pytest.mark.swept(lambda p: p["size"] == 2)
 @pytest.mark.parametrize("size", [2, 4])
 def test_fused_llama(pool, size) -> None:
     assert recognise(build_fast()).name == "fused_llama"

@@ -21,6 +21,7 @@ MESHES = [(1, 4), (2, 2)]
 FAMILIES = [name for name in TRANSFORMERS if name != "Mixtral"]
 
 
+@pytest.mark.swept(lambda p: p["name"] in list(FAMILIES)[1::2])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family(pool, name) -> None:
     assert_equal(pool, partial(small_transformers, name), fabric_tp.auto(), (1, 2))
@@ -33,6 +34,7 @@ def test_family_on_four_ranks(pool, name, sizes) -> None:
     assert_equal(pool, partial(small_transformers, name), fabric_tp.auto(), sizes)
 
 
+@pytest.mark.swept(lambda p: p["name"] == "Phi3")
 @pytest.mark.parametrize(
     "options",
     [{"sequence_parallel": False}, {"loss_parallel": False}, {"replicate_attention": True}],

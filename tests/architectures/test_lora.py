@@ -205,6 +205,7 @@ def train_and_merge(name: str, adapted: str, directory: Path) -> None:
     assert all(not torch.equal(before[key], expected[key]) for key in changed)
 
 
+@pytest.mark.swept(lambda p: p["name"] == "Gemma-2b" or p["adapted"] == "query and value")
 @pytest.mark.parametrize("adapted", LORA)
 @pytest.mark.parametrize("name", ["Llama-3-8B", "Gemma-2b", "Mixtral-8x7B-v0.1"])
 def test_merging_gives_the_weights_of_one_device(pool, tmp_path, name, adapted) -> None:

@@ -33,6 +33,7 @@ def images(batch: int, tokens_of_each: int = 4) -> dict[str, Tensor]:
     return {"input_ids": tokens, "token_type_ids": is_image, "pixel_values": pixels}
 
 
+@pytest.mark.swept(lambda p: not p["sequence_parallel"])
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 def test_equals_one_device(pool, sequence_parallel) -> None:
     assert recognise(BUILD()).name == "multimodal"
@@ -75,6 +76,7 @@ def dropping() -> nn.Module:
     return model
 
 
+@pytest.mark.sweep
 def test_all_ranks_drop_the_same_in_the_tower(pool) -> None:
     assert pool(2)(worst_difference_in_the_tower, by_rank=False) < 1e-3
     assert pool(2)(worst_difference_in_the_tower, by_rank=True) > 1e-1

@@ -92,6 +92,7 @@ def test_a_missing_sum_is_noticed(pool, part) -> None:
     assert max(differences.values()) > 10 * TOLERANCE
 
 
+@pytest.mark.sweep
 def test_dropout_is_that_of_one_rank(pool) -> None:
     from tests.styles.dropout_runs import train, worst
 

@@ -49,7 +49,7 @@ def test_litgpt(pool, structure) -> None:
     assert_equal(pool, partial(small_gpt, small_config(name, **overrides)), fabric_tp.litgpt(), (1, 4))
 
 
-@pytest.mark.swept(lambda p: p["model_type"] != "gpt2")
+@pytest.mark.sweep
 @pytest.mark.parametrize("model_type", TRANSFORMERS)
 def test_transformers(pool, model_type) -> None:
     assert_equal(pool, partial(small_causal, model_type, **TRANSFORMERS[model_type]), fabric_tp.auto(), (1, 4))
@@ -64,6 +64,7 @@ def test_with_data_parallelism(pool, model_type) -> None:
     assert_equal(pool, model, fabric_tp.auto(**options), (2, 2), steps=3)
 
 
+@pytest.mark.swept(lambda p: p["adapted"] == "every layer")
 @pytest.mark.parametrize("adapted", ["every layer", "query and value"])
 def test_lora(pool, adapted) -> None:
     assert_equal(pool, partial(small_lora, "pythia-160m", adapted, **heads(3, 3)), fabric_tp.litgpt(), (1, 2))

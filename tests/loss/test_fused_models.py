@@ -42,7 +42,7 @@ def test_equals_one_device(pool, name, sizes, sequence_parallel) -> None:
     assert_equal(pool, MODELS[name], parallelize_fn, sizes, steps=2)
 
 
-@pytest.mark.swept(lambda p: "compile" in p["options"])
+@pytest.mark.swept(lambda p: "compile" in p["options"] or p["options"] == {"activation_checkpointing": "full"})
 @pytest.mark.parametrize(
     "options",
     [
@@ -58,11 +58,13 @@ def test_with_other_options(pool, options) -> None:
     assert_equal(pool, MODELS["Llama 3"], fabric_tp.litgpt(fused_loss=True, **options), steps=2, backend=backend)
 
 
+@pytest.mark.swept(lambda p: p["name"] == "Gemma2")
 @pytest.mark.parametrize("name", ["Gemma2", "Llama, tied embeddings"])
 def test_transformers(pool, name) -> None:
     assert_equal(pool, partial(small_transformers, name), fabric_tp.auto(fused_loss=True), (1, 2), steps=2)
 
 
+@pytest.mark.swept(lambda p: p["adapted"] == "every layer")
 @pytest.mark.parametrize("adapted", ["every layer", "query and value"])
 def test_low_rank_adapters(pool, adapted) -> None:
     """An LM head with an adapter computes its logits; one that is not trained has no gradient."""

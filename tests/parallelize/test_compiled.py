@@ -44,7 +44,9 @@ def gpt(name: str, layers: int) -> nn.Module:
 CHECKPOINTED = [{"activation_checkpointing": kind} for kind in ("full", "selective")]
 
 
-@pytest.mark.swept(lambda p: p["name"] not in ("Llama-3-8B", "phi-2"))
+@pytest.mark.swept(
+    lambda p: p["name"] != "Llama-3-8B" or p["options"] in ({"lean": False, "regather": False}, CHECKPOINTED[0])
+)
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -83,12 +85,14 @@ def test_all_blocks_share_one_graph(mesh, monkeypatch) -> None:
     assert counters["stats"]["unique_graphs"] - before == 1
 
 
+@pytest.mark.sweep
 def test_keeps_what_it_keeps_uncompiled(mesh, partitioned) -> None:
     eager = kept_per_layer(mesh)
     assert kept_per_layer(mesh, compile=True) == eager
     assert kept_per_layer(mesh, compile=True, regather=False) == eager + 4 * RANKS  # two gathered inputs of 2 bytes
 
 
+@pytest.mark.swept(lambda p: p["kind"] == "full")
 @pytest.mark.parametrize(
     ("kind", "multiple"),
     [

@@ -119,6 +119,7 @@ def test_mixed_precision_computes_in_bf16_and_keeps_fp32(pool, sizes) -> None:
     assert mixed != pytest.approx(exact, rel=1e-5)
 
 
+@pytest.mark.swept(lambda p: p["precision"] == "bf16-true")
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 def test_precision_of_fabric(pool, precision) -> None:
     one = pool(1)(train, (1, 1), True, {}, precision)

@@ -25,7 +25,7 @@ def differences(path: Path, sizes: tuple[int, int], plan: dict[str, Any] | None 
     return compare(example["build_model"], parallelize_fn, example["inputs"](), example["loss"], sizes, 3)
 
 
-@pytest.mark.swept(lambda p: p["sizes"] == (2, 2))
+@pytest.mark.swept(lambda p: p["sizes"] == (2, 2) or p["name"] == "encoder")
 @pytest.mark.parametrize("sizes", [(1, 2), (2, 2)], ids=str)
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_equals_one_device(pool, name, sizes) -> None:

@@ -99,6 +99,7 @@ def copy_parameters(model: nn.Module, reference: nn.Module) -> None:
     reference.load_state_dict({name: torch.cat(parts) for name, parts in whole.items()}, strict=False)
 
 
+@pytest.mark.swept(lambda p: p["sizes"] in ((1, 1), (2, 1)) or (p["sizes"], p["device"]) == ((1, 2), "cpu"))
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 2), (2, 1), (2, 2)], ids=str)
 def test_tied_embeddings(pool, sizes, device) -> None:

@@ -31,7 +31,7 @@ def generate(sizes: tuple[int, int], drift: int) -> list[int]:
     return generated.tolist()
 
 
-@pytest.mark.swept(lambda p: p["sizes"] == (2, 1))
+@pytest.mark.swept(lambda p: p["sizes"] != (2, 2))
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_same_on_every_mesh_and_from_every_state(pool, sizes) -> None:
     assert pool(sizes[0] * sizes[1])(generate, sizes, drift=3) == pool(1)(generate, (1, 1), drift=0)

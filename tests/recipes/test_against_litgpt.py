@@ -98,7 +98,8 @@ def finetune_with_litgpt(base: Path, out_dir: Path, adapters: Path, options: dic
         return torch.tensor([float(row["loss"]) for row in csv.DictReader(file) if row["loss"]], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("mesh_size", [1, pytest.param(2, marks=pytest.mark.sweep)])
+@pytest.mark.sweep
+@pytest.mark.parametrize("mesh_size", [1, 2])
 def test_steps_are_those_of_litgpt(pool, folder: Path, run_1x1: Path, tmp_path: Path, mesh_size: int) -> None:
     base = run_1x1 / "final"
     given = finetune_options(base, folder / f"like-litgpt-{mesh_size}", *SAME)

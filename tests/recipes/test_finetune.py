@@ -38,6 +38,12 @@ def adapted(folder: Path, base: Path) -> tuple[Path, str]:
     return folder / "lora", run(fabric_run(2), finetune_options(base, folder / "lora", *LORA), "finetune")
 
 
+@pytest.fixture(scope="session")
+def quantized(folder: Path, base: Path) -> Path:
+    run_ranks(2, finetune_options(base, folder / "quantized", *LORA, "--quantize", "bnb.nf4"), "finetune")
+    return folder / "quantized"
+
+
 def load(file: Path) -> State:
     return torch.load(file, weights_only=True)
 
@@ -58,7 +64,7 @@ def run_on(mesh: str, folder: Path, base: Path, *more: object) -> Path:
     return out_dir
 
 
-@pytest.mark.swept(lambda p: p["mesh"] != "2x2")
+@pytest.mark.sweep
 @pytest.mark.parametrize("mesh", ["1x2", "2x1", "2x2"])
 def test_losses_are_those_of_one_device(folder: Path, base: Path, full: Path, mesh: str) -> None:
     check_same(run_on(mesh, folder, base, *FULL), full)
@@ -148,6 +154,31 @@ def test_resume_auto_continues_the_same_losses(folder: Path, base: Path, adapted
     assert f"resumed from {out_dir / 'step-00000003'}" in output
     torch.testing.assert_close(losses(out_dir), losses(adapted[0]), rtol=1e-4, atol=0)
     assert (out_dir / "final" / "lit_model.pth.lora").is_file()
+
+
+@pytest.mark.sweep
+def test_a_quantized_base_learns_nearly_as_well(
+    folder: Path, base: Path, adapted: tuple[Path, str], quantized: Path
+) -> None:
+    """On another mesh after a resume as well; and the base comes out as it was."""
+    torch.testing.assert_close(losses(quantized), losses(adapted[0]), rtol=0.02, atol=0)
+    assert losses(quantized) != losses(adapted[0])
+    out_dir = folder / "resumed-quantized"
+    shutil.copytree(quantized, out_dir, ignore=shutil.ignore_patterns("final", f"step-{STEPS:08d}"))
+    given = finetune_options(base, out_dir, *LORA, "--quantize", "bnb.nf4", "--resume", "auto")
+    run_ranks(1, given, "finetune")
+    torch.testing.assert_close(losses(out_dir), losses(quantized), rtol=1e-3, atol=0)
+    here, before = (load(each / "lit_model.pth") for each in (quantized / "final", base))
+    unchanged = [key for key in before if not key.endswith(("qkv.weight", "proj.weight", "fc_1.weight", "fc_2.weight"))]
+    assert all(torch.equal(here[key], before[key]) for key in unchanged)
+
+
+@pytest.mark.sweep
+def test_a_quantized_base_is_in_no_step_checkpoint(quantized: Path, adapted: tuple[Path, str]) -> None:
+    def size(out_dir: Path) -> int:
+        return sum(file.stat().st_size for file in (out_dir / f"step-{STEPS:08d}").rglob("*") if file.is_file())
+
+    assert size(quantized) < 0.9 * size(adapted[0])
 
 
 @pytest.mark.sweep

@@ -7,7 +7,7 @@ import pytest
 from .kills import Chain
 
 
-@pytest.mark.sweep
+@pytest.mark.sweep(in_every_part=True)
 @pytest.mark.parametrize(("sizes", "count"), [((1, 2), 7), ((2, 1), 7), ((2, 2), 6)])
 def test_killed_runs_end_as_if_undisturbed(folder: Path, sizes: tuple[int, int], count: int) -> None:
     seed, done = 0, 0

@@ -53,6 +53,7 @@ def test_losses_do_not_depend_on_micro_batches_and_workers(
     check_same(out_dir, run_1x1)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("name", "value"), [("dropout", 0), ("data.random_offset", "false")])
 def test_dropout_and_random_samples_change_the_losses(folder: Path, run_1x1: Path, name: str, value: object) -> None:
     """So that their sameness on all meshes means something."""

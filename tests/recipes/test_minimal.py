@@ -22,6 +22,7 @@ def losses(launcher: list[str], output: Path) -> list[float]:
     return [float(step[2]) for step in steps]
 
 
+@pytest.mark.sweep
 def test_losses_fall_and_are_those_of_one_process(tmp_path: Path) -> None:
     one, two = losses(python(), tmp_path / "one"), losses(fabric_run(2), tmp_path / "two")
     assert one[-1] < 0.5 * one[0]

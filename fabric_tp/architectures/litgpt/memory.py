@@ -20,12 +20,14 @@ def least_memory(
     precision: str,
     activation_checkpointing: str,
     fused_loss: bool,
+    quantized: int = 0,
 ) -> dict[str, int]:
     """The limits by formula, in bytes on each rank, for ``tokens`` tokens of each data-parallel rank.
 
     Parameters, gradients and AdamW's two states divide by all ranks; of frozen parameters there are no gradients and
-    states. With width h, all query heads q wide, all key and value heads k each, MLP f, vocabulary v, t tensor-parallel
-    ranks and e bytes a number, a layer must keep for the backward, of each token, the inputs of attention and MLP, the
+    states, and those of them that are ``quantized``, four bits a number and an fp32 scale for 64, divide by t only.
+    With width h, all query heads q wide, all key and value heads k each, MLP f, vocabulary v, t tensor-parallel ranks
+    and e bytes a number, a layer must keep for the backward, of each token, the inputs of attention and MLP, the
     attention's q, k, v and result, and what the MLP's first layers give: ``e (2 h + 2 q + 2 k + 2 f) / t`` (one f
     without a gate; times the experts that a token visits); with full checkpointing ``e h / t``, and with selective
     ``e (2 h + q) / t``. The logits take ``(e + 4) v / t``, or nothing where loss and head are one. Collectives need the
@@ -36,7 +38,7 @@ def least_memory(
     stored, trained = (
         math.ceil((2 if precision == "bf16-true" else 4) * numbers / (size * data_parallel_size))
         for numbers in (
-            sum(parameter.numel() for parameter in model.parameters()),
+            sum(parameter.numel() for parameter in model.parameters()) - quantized,
             sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         )
     )
@@ -51,10 +53,11 @@ def least_memory(
         "full": width,
     }[activation_checkpointing]
     block = sum(parameter.numel() for parameter in model.transformer.h[0].parameters())  # type: ignore[index, union-attr]
+    block -= quantized // config.n_layer
     gathered = (tokens * width if size > 1 else 0) + (block // size if data_parallel_size > 1 else 0)
     logits = 0 if fused_loss else tokens * config.padded_vocab_size * (dtype_size + 4)
     return {
-        "parameters": stored,
+        "parameters": stored + math.ceil(quantized * (4 + 32 / 64) / 8 / size),
         "gradients": trained,
         "optimizer state": 2 * trained,
         "activations": tokens * config.n_layer * kept * dtype_size // size,
