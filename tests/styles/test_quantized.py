@@ -28,7 +28,7 @@ MODELS = {
     "shared keys": ("Llama-3-8B", {**WIDTHS, "n_query_groups": 1}),
     "biases": ("pythia-14m", {**WIDTHS, "n_query_groups": 8}),
     "experts": ("Mixtral-8x7B-v0.1", {**WIDTHS, "n_query_groups": 4, "moe_intermediate_size": 256}),
-    "heads that ranks do not divide": ("Llama-3-8B", {**WIDTHS, "n_head": 3, "n_query_groups": 3, "head_size": 64}),
+    "heads that ranks do not divide": ("Llama-3-8B", {**WIDTHS, "n_head": 3, "n_query_groups": 3, "head_size": 128}),
 }
 
 
