@@ -7,7 +7,7 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import auto_cli
 from rich.console import Console
@@ -15,10 +15,13 @@ from rich.progress import track
 from rich.table import Table
 
 import fabric_tp
-from fabric_tp.architectures.litgpt.config import load_config, meta_model
+from fabric_tp.architectures.litgpt.config import load_config, meta_model, with_adapters
 from fabric_tp.checkpoint.conversion import Layout
 from fabric_tp.measure.estimation import Estimate, Precision, gib, render
 from fabric_tp.measure.fit import cheapest, fit
+
+if TYPE_CHECKING:
+    from litgpt import Config
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -31,6 +34,14 @@ def estimate(
     micro_batch_size: int = 1,
     sequence_length: int | None = None,
     precision: Precision = "bf16-true",
+    lora: bool = False,
+    lora_r: int = 8,
+    lora_query: bool = True,
+    lora_key: bool = False,
+    lora_value: bool = True,
+    lora_projection: bool = False,
+    lora_mlp: bool = False,
+    lora_head: bool = False,
     fit: str | None = None,
     max_tensor_parallel_size: int = 8,
     json: Path | None = None,
@@ -45,6 +56,14 @@ def estimate(
         micro_batch_size: Samples of each data-parallel rank.
         sequence_length: Tokens of a sample; as many as the model can take by default.
         precision: As in Fabric; "bf16-mixed" is FSDP2's, with fp32 parameters.
+        lora: Train low-rank adapters, and leave the model's weights as they are.
+        lora_r: Rank of the adapters.
+        lora_query: Whether the attention's queries get an adapter.
+        lora_key: Whether its keys get one.
+        lora_value: Whether its values get one.
+        lora_projection: Whether its output projection gets one.
+        lora_mlp: Whether the layers of the MLP, and the router of experts, get one each.
+        lora_head: Whether the last layer, to the vocabulary, gets one.
         fit: Memory of a card, such as 80GiB: list the meshes of tensor_parallel_size x data_parallel_size devices,
             and the options, that fit it, cheapest communication first.
         max_tensor_parallel_size: With ``fit``, the devices of one machine.
@@ -52,6 +71,11 @@ def estimate(
         options: Of ``fabric_tp.litgpt``.
     """
     parallelize = fabric_tp.litgpt(mixed_precision=None, **options)
+    layers = {"query": lora_query, "key": lora_key, "value": lora_value, "projection": lora_projection}
+    layers |= {"mlp": lora_mlp, "head": lora_head}
+    config = load_config(model)
+    if lora:
+        config = with_adapters(config, lora_r=lora_r, **{f"lora_{layer}": given for layer, given in layers.items()})
     shared: dict[str, Any] = {
         "micro_batch_size": micro_batch_size,
         "sequence_length": sequence_length,
@@ -59,11 +83,11 @@ def estimate(
     }
     if fit is None:
         shared |= {"tensor_parallel_size": tensor_parallel_size, "data_parallel_size": data_parallel_size}
-        found = [fabric_tp.estimate(model, parallelize, **shared)]
+        found = [fabric_tp.estimate(config, parallelize, **shared)]
         print(found[0])
     else:
         found = _fitting(
-            model, parallelize, fit, tensor_parallel_size * data_parallel_size, max_tensor_parallel_size, shared
+            config, parallelize, fit, tensor_parallel_size * data_parallel_size, max_tensor_parallel_size, shared
         )
         print(_list(found, fit, tensor_parallel_size * data_parallel_size))
     _write(json, found)
@@ -121,10 +145,10 @@ def parse_bytes(text: str) -> int:
 
 
 def _fitting(
-    model: str, parallelize: fabric_tp.Parallelize, card: str, devices: int, largest: int, shared: dict[str, Any]
+    config: Config, parallelize: fabric_tp.Parallelize, card: str, devices: int, largest: int, shared: dict[str, Any]
 ) -> list[Estimate]:
     ways = fit(
-        model, parallelize, memory=parse_bytes(card), devices=devices, max_tensor_parallel_size=largest, **shared
+        config, parallelize, memory=parse_bytes(card), devices=devices, max_tensor_parallel_size=largest, **shared
     )
     progress = track(ways, "Trying meshes", transient=True, console=Console(stderr=True))
     return cheapest(progress)

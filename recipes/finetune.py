@@ -8,7 +8,8 @@ well, and `python recipes/finetune.py --help` explains all options. `out_dir` re
 
     logs/metrics.csv     a row for each step
     step-00000100/ ...   distributed checkpoints, for --resume
-    final/               litgpt's own layout, for `litgpt chat OUT_DIR/final`, and with --lora true the adapters too
+    final/               litgpt's own layout, for `litgpt chat OUT_DIR/final`, and with --lora true the adapters too;
+                         with --export huggingface Transformers' in huggingface/, and PEFT's of the adapters in peft/
 """
 
 import logging
@@ -89,6 +90,8 @@ def save_final(fabric: L.Fabric, job: Job, model: nn.Module) -> None:
     with replacing(args.out_dir / "final", moves=fabric.is_global_zero, barrier=fabric.barrier) as unfinished:
         if args.lora:
             fabric_tp.checkpoint.litgpt.save_adapters(model, unfinished / "lit_model.pth.lora")
+            if args.export == "huggingface":
+                fabric_tp.checkpoint.peft.save(model, unfinished / "peft", base=args.initial_checkpoint_dir)
             if args.quantize:  # to be merged with the weights as they were before
                 fabric_tp.dequantize(model)
                 fabric_tp.checkpoint.load(model, args.initial_checkpoint_dir)

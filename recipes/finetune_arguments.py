@@ -51,7 +51,8 @@ class FinetuneArgs(Args):
     samples before its own."""
     out_dir: Path = Path("out/finetune")
     export: Literal["huggingface"] | None = None
-    """Write final/huggingface too, for Transformers, with the config of the checkpoint that this starts from."""
+    """Write final/huggingface too, for Transformers, with the config of the checkpoint that this starts from; and with
+    --lora true final/peft, the adapters by themselves in PEFT's layout."""
 
     max_steps: int = 200
     lr: float = 0.0002

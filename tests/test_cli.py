@@ -35,6 +35,16 @@ def test_estimate(run, tmp_path) -> None:
     assert written["sent"]["tensor_parallel"] > 0
 
 
+def test_estimate_of_adapters_on_a_quantized_base(run, tmp_path) -> None:
+    file = tmp_path / "estimate.json"
+    adapters = ("--lora", "true", "--lora_r", "2", "--lora_mlp", "true", "--quantize", "bnb.nf4")
+    run("estimate", "pythia-14m", "--sequence_length", "16", *adapters, "--json", str(file))
+    (written,) = json.loads(file.read_text())
+    assert written["most"]["gradients"] < 0.01 * 2 * 14e6
+    in_blocks = 6 * 12 * 128**2
+    assert written["least"]["parameters"] < 2 * (14.1e6 - in_blocks) + 0.6 * in_blocks
+
+
 def test_explain(run) -> None:
     assert "VocabParallelEmbedding" in run("explain", "pythia-14m", "--tensor_parallel_size", "2")
 

@@ -30,6 +30,7 @@ def downloaded(run_1x1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.sweep
 def test_fine_tuned_and_given_back(downloaded: Path, tmp_path: Path) -> None:
     """Adapters on two ranks, merged; litgpt's and Transformers' models of it are the same."""
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     given = finetune_options(
@@ -46,6 +47,8 @@ def test_fine_tuned_and_given_back(downloaded: Path, tmp_path: Path) -> None:
         expected = gpt(tokens)
         assert (hub(tokens).logits - expected).abs().max() < 1e-5 * expected.abs().max()
         assert (before(tokens).logits - expected).abs().max() > 1e-5 * expected.abs().max()
+        adapted = PeftModel.from_pretrained(before, final / "peft")
+        assert (adapted(tokens).logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.sweep

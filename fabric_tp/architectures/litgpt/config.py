@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from litgpt import GPT, Config, lora
@@ -30,6 +32,12 @@ def load_config(model: str | Path | Config) -> Config:
             f" it are {', '.join(close) or ', '.join(names[:5])}."
         )
     return Config.from_name(name)
+
+
+def with_adapters(config: Config, **options: Any) -> lora.Config:
+    """The config of the same model with low-rank adapters; ``options`` are those of ``litgpt.lora.Config``."""
+    given = {each.name: getattr(config, each.name) for each in fields(config) if each.init}
+    return lora.Config(**given, **options)
 
 
 def make_model(config: Config) -> GPT:
