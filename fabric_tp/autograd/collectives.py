@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -32,6 +33,7 @@ from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 
 from fabric_tp import _torch
+from fabric_tp.autograd.halves import current_half, exchanged
 from fabric_tp.autograd.padding import cut, fill, rows_to_fill
 
 SEQUENCE_DIM = 1
@@ -60,17 +62,25 @@ class Group:
 
 def copy(x: Tensor, group: Group) -> Tensor:
     """A replicated ``(..., n)`` enters a sharded computation: each rank adds a part to its gradient."""
+    if current_half() and group.size > 1:
+        return exchanged(x, None, partial(start_reduce, name=group.name))
     return x if group.size == 1 else _Copy.apply(x, group.name)
 
 
 def reduce(x: Tensor, group: Group) -> Tensor:
     """Partial sums ``(..., n)`` on each rank -> their sum on every rank."""
+    if current_half() and group.size > 1:
+        return exchanged(x, partial(start_reduce, name=group.name), None)
     return x if group.size == 1 else _Reduce.apply(x, group.name)
 
 
 def gather(x: Tensor, group: Group, dim: int = SEQUENCE_DIM, padding: int = 0) -> Tensor:
     """Shards ``(b, s/t, n)`` enter a sharded computation on the whole ``(b, s, n)``; the last rows are cut off."""
-    return x if group.size == 1 else _Gather.apply(x, dim % x.dim(), group.size, group.name, padding)
+    dim %= x.dim()
+    if current_half() and group.size > 1:
+        ways: Any = {"dim": dim, "size": group.size, "name": group.name}
+        return exchanged(x, partial(start_gather, padding=padding, **ways), partial(start_reduce_scatter, **ways))
+    return x if group.size == 1 else _Gather.apply(x, dim, group.size, group.name, padding)
 
 
 def traceable_gather(x: Tensor, group: Group, padding: int = 0, dim: int = SEQUENCE_DIM) -> Tensor:
@@ -81,7 +91,12 @@ def traceable_gather(x: Tensor, group: Group, padding: int = 0, dim: int = SEQUE
 
 def reduce_scatter(x: Tensor, group: Group, dim: int = SEQUENCE_DIM) -> Tensor:
     """Partial sums ``(b, s, n)`` on each rank -> this rank's shard ``(b, s/t, n)`` of their sum."""
-    return x if group.size == 1 else _ReduceScatter.apply(x, dim % x.dim(), group.size, group.name)
+    dim %= x.dim()
+    if current_half() and group.size > 1:
+        ways: Any = {"dim": dim, "size": group.size, "name": group.name}
+        padding = rows_to_fill(x.shape[dim], group.size)
+        return exchanged(x, partial(start_reduce_scatter, **ways), partial(start_gather, padding=padding, **ways))
+    return x if group.size == 1 else _ReduceScatter.apply(x, dim, group.size, group.name)
 
 
 def gather_replicated(x: Tensor, group: Group, dim: int = -1, padding: int = 0) -> Tensor:

@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fabric_tp.autograd.halves import Half, current_half, give_way
 from fabric_tp.autograd.recompute import Recomputable, let_go, producer_of, saved
 
 
 class _Results(threading.local):
-    """Results of the block that is being computed in this thread: where to add one, or where to take one from."""
+    """Results of the block that is being computed in this thread, of each half of the batch if they take turns, and how
+    often a half gave way for one: where to add one, or where to take one from."""
 
-    kept: list[Tensor] | None = None
-    taken: Iterator[Tensor] | None = None
+    kept: dict[int, list[tuple[Tensor, int]]] | None = None
+    taken: dict[int, Iterator[tuple[Tensor, int]]] | None = None
 
 
 _results = _Results()
@@ -46,8 +48,9 @@ def kept_reductions() -> tuple[AbstractContextManager[None], AbstractContextMana
 
     They are what ``torch.utils.checkpoint``'s ``context_fn`` is to return, by themselves or with others around them.
     """
-    results: list[Tensor] = []
-    return _Setting("kept", lambda: results), _Setting("taken", lambda: iter(results))
+    results: dict[int, list[tuple[Tensor, int]]] = {}
+    taken: Callable[[], Any] = lambda: {half: iter(kept) for half, kept in results.items()}  # noqa: E731
+    return _Setting("kept", lambda: results), _Setting("taken", taken)
 
 
 def reduction(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -62,11 +65,16 @@ def reduction(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or not keeping or not all(x.requires_grad for x in inputs):
         return function(*inputs)
     inputs = tuple(x if producer_of(x) is not None else _Keep.apply(x) for x in inputs)
+    half = current_half() or Half(0, 0, 0, 0)
     if _results.taken is not None:
-        return next(_results.taken).detach().requires_grad_()
+        result, turns = next(_results.taken[half.index])
+        for _ in range(turns):  # as the first time, so that the halves keep what they keep in the same order
+            give_way()
+        return result.detach().requires_grad_()
+    before = half.turns
     result = function(*inputs)
     assert _results.kept is not None
-    _results.kept.append(result.detach())
+    _results.kept.setdefault(half.index, []).append((result.detach(), half.turns - before))
     return result
 
 

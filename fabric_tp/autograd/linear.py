@@ -5,7 +5,7 @@ e was gathered from (or what a norm made x from) is all that stays, and the back
 product and sums the gradient of e over the ranks beside another (Korthikanti et al., 2022, section 4.2.2).
 
 Two autograd functions bend autograd's contract for this, by agreement: :class:`_Linear` does not return the gradient of
-an e that :class:`_Enter` returned. It adds to the gradient G in :class:`SharedInput`, where ``_Enter`` finds the sum.
+an e that ``Enter`` returned. It adds to the gradient G in ``SharedInput``, where ``Enter`` finds the sum.
 Two layers, A before B, with sequence parallelism:
 
 ========  ==================  ======================  ======================  ================
@@ -26,22 +26,22 @@ Enter                         dx                                              dx
 What holds, each with a test of its name:
 
 1.  *Enter comes last.* Autograd runs a node once all nodes of this backward that took its output have run, whatever
-    they returned. So each part of G is there when ``_Enter`` is asked for the gradient of x.
+    they returned. So each part of G is there when ``Enter`` is asked for the gradient of x.
 2.  *The counter decides when, not what.* ``uses`` counts the layers that took e in the forward, ``done`` those that
     this backward has come to. When they are equal the sum starts, before the last gradient of a weight. Where they
-    never are, since a layer does not reach the loss or ran under ``no_grad``, ``_Enter`` starts it; and where all their
+    never are, since a layer does not reach the loss or ran under ``no_grad``, ``Enter`` starts it; and where all their
     weights are frozen, and nothing runs beside the sum.
 3.  *Backwards are apart.* What is shared belongs to the backward of one number. The next one over the same graph (which
     was retained, has two losses, or ended in an exception) starts from nothing.
-4.  *Without Enter nothing is shared.* A backward that does not come to ``_Enter`` (``torch.autograd.grad`` of weights)
+4.  *Without Enter nothing is shared.* A backward that does not come to ``Enter`` (``torch.autograd.grad`` of weights)
     computes no G and no sum, and each layer recomputes e for itself.
-5.  *Others go through autograd.* All else that uses e returns its gradient as usual. ``_Enter`` sums what autograd
+5.  *Others go through autograd.* All else that uses e returns its gradient as usual. ``Enter`` sums what autograd
     hands it by itself: two sums at most. Layers whose weights are frozen add to G as others do, and never ask for e:
     a frozen layer and the low-rank adapter around it have one sum.
 6.  *Who watches e sees its gradient.* Layers that take an e with hooks, or whose gradient is retained, return theirs.
     Otherwise autograd knows of those in 5 only, so that ``torch.autograd.grad`` with respect to e does not work.
 7.  *A node in between makes a layer a plain one.* Behind a view, an operation in place or a module's backward hook
-    there is no ``_Enter`` to be found: the layer keeps its input and returns its gradient.
+    there is no ``Enter`` to be found: the layer keeps its input and returns its gradient.
 8.  *Weights are kept by reference.* Saved tensors are counted by activation checkpointing, whose recomputation stops at
     the last one: a weight would make it run the layer's product. Autograd therefore does not check whether a weight was
     changed in place, and the backward compares versions itself.
@@ -64,41 +64,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fabric_tp import _torch
-from fabric_tp.autograd.collectives import (
-    SEQUENCE_DIM,
-    Group,
-    copy,
-    start_gather,
-    start_reduce,
-    start_reduce_scatter,
-    traceable_gather,
-)
-from fabric_tp.autograd.recompute import Recomputable, let_go, producer_of, recompute, recomputed_by_compiler, saved
-
-
-def enter(x: Tensor, group: Group, *, sequence: bool, padding: int = 0, dim: int = SEQUENCE_DIM) -> Tensor:
-    """The whole input of sharded linear layers, of which each rank computes a part of the gradient.
-
-    Args:
-        x: ``(b, s/t, h)`` if ``sequence``, else ``(b, s, h)``. It is what is kept, unless it can be recomputed itself.
-        group: The tensor-parallel ranks; more than one.
-        sequence: Gather it forward, and again in the backward, and scatter its gradient. Otherwise it is whole already.
-        padding: Rows at the end of the gathered sequence that are cut off.
-        dim: Of the sequence.
-
-    Returns:
-        ``(b, s, h)``, for :func:`linear`. Hooks on it must be there before the layers take it.
-
-    Raises:
-        ValueError: In the backward, if second derivatives are asked for.
-    """
-    if torch.compiler.is_compiling():
-        return recomputed_by_compiler(traceable_gather, x, group, padding, dim) if sequence else copy(x, group)
-    producer = producer_of(x)
-    if producer is None and not sequence:  # nothing to recompute: the layers keep it, if they train
-        return copy(x, group)
-    return _Enter.apply(x, group, sequence, padding, dim, producer)
-
+from fabric_tp.autograd.recompute import producer_of, recompute, recomputed_by_compiler
+from fabric_tp.autograd.shared_input import Enter, SharedInput, start_input, start_sum
 
 Weight = Tensor | Callable[[], Tensor]
 """Or what gives a frozen weight, which is stored in another form, each time that it is needed; nobody keeps it."""
@@ -136,84 +103,6 @@ def linear(x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None]
     return _Linear.apply(x, producer, len(weights), *weights, *there)
 
 
-class SharedInput:
-    """An input that several layers took: what they have done about its gradient in the backward that is running."""
-
-    def __init__(self) -> None:
-        self.uses = 0
-        """Layers which took it."""
-        self.readers = 0
-        """Those of them with a weight that trains, whose gradient needs it."""
-        self.backward = -1
-        self.clear()
-
-    def begin(self) -> None:
-        """Start from nothing, if this backward is another one than that which was here last."""
-        if self.backward != _torch.current_backward():
-            self.backward = _torch.current_backward()
-            self.clear()
-
-    def clear(self) -> None:
-        self.done = self.read = 0
-        self.input: Callable[[], Tensor] | None = None
-        """Waits for it."""
-        self.grad: Tensor | None = None
-        """``(b, s, h)``, this rank's part."""
-        self.sum: Callable[[], Tensor] | None = None
-        """Waits for the gradient's sum over the ranks."""
-
-
-class _Enter(Recomputable):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, sequence: bool, padding: int, dim: int, producer: Any) -> Tensor:
-        ctx.group, ctx.sequence, ctx.padding, ctx.dim = group, sequence, padding, dim
-        ctx.producer, ctx.shared_input = producer, SharedInput()
-        ctx.set_materialize_grads(False)
-        if producer is None:
-            ctx.save_for_backward(x)
-        entered = start_gather(x, dim, group.size, group.name, padding)() if sequence else x.view_as(x)
-        ctx.version = entered._version
-        return entered
-
-    @staticmethod
-    def recompute(ctx: Any) -> Tensor:
-        return _start_input(ctx)()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivatives()
-        let_go(ctx)
-        shared = ctx.shared_input
-        shared.begin()
-        if shared.grad is not None:  # not all the layers that took the input were in this backward
-            grad = shared.grad if grad is None else shared.grad.add_(grad)
-        parts = [wait() for wait in (shared.sum, None if grad is None else _start_sum(ctx, grad)) if wait]
-        shared.clear()
-        return (sum(parts[1:], parts[0]) if parts else None), None, None, None, None, None
-
-
-def _start_sum(ctx: Any, grad: Tensor) -> Callable[[], Tensor]:
-    if ctx.sequence:
-        return start_reduce_scatter(grad, ctx.dim, ctx.group.size, ctx.group.name)
-    return start_reduce(grad, ctx.group.name)
-
-
-def _start_input(ctx: Any) -> Callable[[], Tensor]:
-    _refuse_second_derivatives()
-    x = recompute(ctx.producer) if ctx.producer is not None else saved(ctx)[0]
-    if not ctx.sequence:
-        return lambda: x
-    return start_gather(x, ctx.dim, ctx.group.size, ctx.group.name, ctx.padding)
-
-
-def _refuse_second_derivatives() -> None:
-    if torch.is_grad_enabled():  # which it is within a backward with create_graph=True only
-        raise ValueError(
-            "create_graph=True asks for second derivatives, and the input of tensor-parallel layers has none: gathers"
-            " and sums over the ranks are not part of the backward's graph. Compute them on one device."
-        )
-
-
 class _Linear(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, producer: Any, count: int, *tensors: Any) -> Tensor:
@@ -247,7 +136,7 @@ class _Linear(Function):
 
 
 def _shared_input(x: Tensor, producer: Any) -> SharedInput | None:
-    if producer is None or _torch.function_of(producer) is not _Enter or _torch.is_watched(x):
+    if producer is None or _torch.function_of(producer) is not Enter or _torch.is_watched(x):
         return None
     return producer.shared_input
 
@@ -258,7 +147,7 @@ def _share_gradient(ctx: Any, rows: Tensor) -> Tensor | None:
     shared = ctx.shared_input
     shared.begin()
     if ctx.trains and shared.input is None:
-        shared.input = _start_input(ctx.producer)
+        shared.input = start_input(ctx.producer)
     if shared.grad is None:
         shared.grad = _input_gradient(ctx, rows)
     elif rows.dtype == ctx.dtype:
@@ -267,7 +156,7 @@ def _share_gradient(ctx: Any, rows: Tensor) -> Tensor | None:
         _rows(shared.grad).add_(rows @ _weight(ctx, rows.dtype))
     shared.done += 1
     if shared.done == shared.uses and shared.readers:
-        shared.sum, shared.grad = _start_sum(ctx.producer, shared.grad), None
+        shared.sum, shared.grad = start_sum(ctx.producer, shared.grad), None
     if not ctx.trains:
         return None
     x = shared.input()

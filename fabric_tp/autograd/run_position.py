@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from fabric_tp import _torch
 from fabric_tp.autograd.dropout import Mask
+from fabric_tp.autograd.halves import Half, alone, current_half
 from fabric_tp.seeds import mix
 
 FORWARDS = 16
@@ -28,8 +29,8 @@ class Forward:
     """Number, within the run, of its first sample on the first data-parallel rank."""
     batch: int = 0
     """Samples on each data-parallel rank."""
-    calls: dict[str, int] = field(default_factory=dict)
-    """Calls of each module."""
+    calls: dict[tuple[str, int], int] = field(default_factory=dict)
+    """Calls of each module, with each half of the batch if they take turns."""
     records: dict[int, int] = field(default_factory=dict)
     """Calls of the same module that came before a call, for the number that this one drew."""
 
@@ -89,9 +90,10 @@ class RunPosition:
                 " activations were checkpointed with preserve_rng_state=False, which must be True for random masks, or"
                 f" more than {FORWARDS} forwards came before this backward."
             )
-        forward = self._forwards[-1]
-        number = forward.records[token] = forward.calls.get(name, 0)
-        forward.calls[name] = number + 1
+        forward, half = self._forwards[-1], current_half()
+        key = name, half.index if half else 0
+        number = forward.records[token] = forward.calls.get(key, 0)
+        forward.calls[key] = number + 1
         return forward, number
 
     def mask(self, name: str, rate: float, x: Tensor, shard_dim: int | None, shard_rank: int) -> Mask:
@@ -108,11 +110,13 @@ class RunPosition:
             ValueError: As for :meth:`call`.
         """
         forward, number = self.call(name)
-        if x.shape[0] == forward.batch:
+        half = current_half() or Half(0, 0, forward.batch, forward.batch)
+        if x.shape[0] == half.size:
             key = mix(self.seed, name, number)
-            first, stride = forward.first + self.data_parallel_rank, self.data_parallel_size
+            stride = self.data_parallel_size
+            first = forward.first + self.data_parallel_rank + half.first * stride
         else:  # such as the tokens of an expert, of which nobody knows the samples
-            key = mix(self.seed, name, number, forward.first, self.data_parallel_rank)
+            key = mix(self.seed, name, number, forward.first, self.data_parallel_rank, *_of(half))
             first, stride = 0, 1
         return Mask(rate, key, first, stride, shard_dim, shard_rank)
 
@@ -124,8 +128,14 @@ class RunPosition:
             ValueError: As for :meth:`call`.
         """
         forward, number = self.call(name)
-        seed = mix(self.seed, name, number, forward.first, self.data_parallel_rank, tensor_parallel_rank)
+        half = _of(current_half())
+        seed = mix(self.seed, name, number, forward.first, self.data_parallel_rank, tensor_parallel_rank, *half)
         devices = [device] if device.type != "cpu" else []
-        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        with alone(), torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
             torch.manual_seed(seed % 2**63)
             yield
+
+
+def _of(half: Half | None) -> tuple[int, ...]:
+    """What tells random numbers of a half from those of the first, which has those of a whole batch."""
+    return (half.index,) if half and half.index else ()

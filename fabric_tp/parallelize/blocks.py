@@ -15,12 +15,15 @@ from fabric_tp.autograd.kept_reductions import kept_reductions
 from fabric_tp.autograd.padding import Padding
 from fabric_tp.parallelize.compiled import compile_block
 from fabric_tp.parallelize.options import BlockOptions
+from fabric_tp.parallelize.overlapped import overlap_halves
 from fabric_tp.styles.style import LocalModule
 
 
 def checkpoint_or_compile(blocks: Iterable[nn.Module], options: BlockOptions) -> None:
     """Let each block be computed again in the backward, or be compiled, as the options say."""
     for block in blocks:
+        if options.overlap:
+            overlap_halves(block)
         if options.compile:
             compile_block(block, POLICIES[options.activation_checkpointing])
         elif options.activation_checkpointing != "none":

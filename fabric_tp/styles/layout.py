@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fabric_tp.autograd.collectives import SEQUENCE_DIM, Layout, gather, reduce, reduce_scatter
 from fabric_tp.autograd.kept_reductions import reduction
-from fabric_tp.autograd.linear import enter
+from fabric_tp.autograd.shared_input import enter
 from fabric_tp.styles.style import Parallelized
 
 

@@ -8,6 +8,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from fabric_tp.autograd.collectives import Layout
+from fabric_tp.autograd.halves import give_way_between
 from fabric_tp.autograd.kept_reductions import reduction
 from fabric_tp.autograd.linear import linear
 from fabric_tp.styles.heads import Heads
@@ -24,6 +25,7 @@ class _RowwiseLinear(LocalModule):
         this, style, group = self.parallelized, self.parallelized.style, self.parallelized.group
         weight = this.outputs_first(self.weight)  # type: ignore[arg-type]
         bias = self._parameters.get("bias") if style.output_layout is None else None
+        give_way_between()
         # Times zero on the other ranks, so that they have a gradient too: all must take part in the sum.
         return linear(x, [weight], [None if bias is None else bias * (group.rank == 0)])
 

@@ -11,9 +11,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fabric_tp.autograd.collectives import Group
-from fabric_tp.autograd.linear import enter, linear
+from fabric_tp.autograd.linear import linear
 from fabric_tp.autograd.norms import rms_norm
 from fabric_tp.autograd.recompute import producer_of
+from fabric_tp.autograd.shared_input import enter
 from fabric_tp.testing.ranks import mesh
 
 HIDDEN, WIDTH, LENGTH = 6, 8, 4

@@ -14,9 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 import fabric_tp
 from fabric_tp.autograd import linear as module
+from fabric_tp.autograd import shared_input
 from fabric_tp.autograd.collectives import Group
-from fabric_tp.autograd.linear import enter, linear
+from fabric_tp.autograd.linear import linear
 from fabric_tp.autograd.norms import rms_norm
+from fabric_tp.autograd.shared_input import enter
 from fabric_tp.styles import PrepareInput
 from fabric_tp.testing.parity import TOLERANCE
 from fabric_tp.testing.ranks import mesh
@@ -273,7 +275,7 @@ def compiled(layers: Layers) -> None:
 
     torch.compiler.reset()
     refuse = mock.Mock(side_effect=AssertionError)
-    with mock.patch.object(module._Linear, "apply", refuse), mock.patch.object(module._Enter, "apply", refuse):
+    with mock.patch.object(module._Linear, "apply", refuse), mock.patch.object(shared_input.Enter, "apply", refuse):
         torch.compile(function, backend="aot_eager", fullgraph=True)(layers.x, *layers.weights).backward()
 
 

@@ -1,0 +1,99 @@
+"""Blocks that compute one half of their batch while the collectives of the other run."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from fabric_tp.autograd.halves import take_turns
+from fabric_tp.styles.style import LocalModule, mixed, put_back
+
+
+class _OverlappedBlock(nn.Module):
+    """Mixed into the class of a block: in training its forward, which is its own, runs on two halves in turns.
+
+    Within FSDP2's hooks, which gather the block's parameters once, and within activation checkpointing.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        own = super().forward
+        batch = _batch(args, kwargs)
+        if batch is None or not torch.is_grad_enabled() or self.has_numbers_per_head(args, kwargs):
+            return own(*args, **kwargs)
+        sizes = [batch - batch // 2, batch // 2]
+        parts = [_part((args, kwargs), batch, first, size) for first, size in zip((0, sizes[0]), sizes, strict=True)]
+        # A module's forward puts local tensors in its parameters' place, and the halves are in the same module at once.
+        held = [each for module in self.modules() if isinstance(module, LocalModule) for each in module.take_local()]
+        try:
+            outputs = take_turns(lambda i: own(*parts[i][0], **parts[i][1]), sizes)
+        finally:
+            put_back(held)
+        return _joined(outputs, sizes)
+
+    def has_numbers_per_head(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        """Whether an argument is ``(n, s, s)`` or ``(b * n, s, s)``, such as ALiBi's biases."""
+        styles = (module.parallelized.style for module in self.modules() if isinstance(module, LocalModule))
+        names = {name for style in styles for name in getattr(style, "per_head_arguments", ())}
+        if not names:
+            return False
+        given = {**inspect.signature(super().forward).bind_partial(*args, **kwargs).arguments, **kwargs}
+        return any(isinstance(given.get(name), Tensor) and given[name].dim() == 3 for name in names)
+
+
+def overlap_halves(block: nn.Module) -> None:
+    """Compute the block so."""
+    block.__class__ = mixed(_OverlappedBlock, type(block))
+
+
+def _batch(args: Sequence[Any], kwargs: dict[str, Any]) -> int | None:
+    """How many samples the block is given; None if they cannot be halved.
+
+    Its first tensor has them. Another one of two dimensions, whose first is as long, may be positions or a mask for
+    each sample, ``(b, s)``, or one for all, ``(s, s)``: where b is s, nobody knows.
+    """
+    tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+    if not tensors or tensors[0].dim() < 2 or len(tensors[0]) < 2:
+        return None
+    batch = len(tensors[0])
+    unclear = any(_may_have_samples(tensor) and tensor.shape[:2] == (batch, batch) for tensor in tensors[1:])
+    return None if unclear else batch
+
+
+def _may_have_samples(tensor: Tensor) -> bool:
+    """Tables of positions, ``(s, d)``, are of floating point."""
+    return tensor.dim() > 2 or (tensor.dim() == 2 and not tensor.is_floating_point() and not tensor.is_complex())
+
+
+def _part(arguments: Any, batch: int, first: int, size: int) -> Any:
+    is_first = True
+
+    def part(leaf: Any) -> Any:
+        nonlocal is_first
+        if not isinstance(leaf, Tensor):
+            return leaf
+        has_samples, is_first = is_first or _may_have_samples(leaf), False
+        return leaf.narrow(0, first, size) if has_samples and leaf.shape[0] == batch else leaf
+
+    return tree_map(part, arguments)
+
+
+def _joined(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """Raises ValueError for a tensor that is not of samples, such as a router's loss: it would be that of a half."""
+    leaves, structure = zip(*map(tree_flatten, outputs), strict=True)
+    joined: list[Any] = []
+    for parts in zip(*leaves, strict=True):
+        if not isinstance(parts[0], Tensor):
+            joined.append(parts[0])
+        elif all(part.dim() and len(part) == size for part, size in zip(parts, sizes, strict=True)):
+            joined.append(torch.cat(parts))
+        else:
+            raise ValueError(
+                f"overlap=True halves the batch of each block, and one returns a tensor {tuple(parts[0].shape)} without"
+                f" a dimension of {sizes[0]} samples. Leave overlap out for this model."
+            )
+    return tree_unflatten(joined, structure[0])

@@ -1,0 +1,190 @@
+"""Blocks that compute half of their batch while the collectives of the other half run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fabric_tp
+from fabric_tp.autograd import halves
+from fabric_tp.testing import Report, next_token_loss
+from fabric_tp.testing.ranks import mesh
+from fabric_tp.testing.small import small_causal, small_config, small_gpt, small_lora
+from tests.models import LENGTH, VOCABULARY, build
+from tests.parity import differences_of
+
+LLAMA = partial(build, "Llama-3-8B")
+
+
+def tokens(batch: int) -> Tensor:
+    return torch.randint(VOCABULARY, (batch, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+def assert_overlapped_equals(pool, build_model, parallelize, sizes=(1, 2), batch=4, steps=1, **more) -> None:
+    inputs = tokens(batch * sizes[0])
+    differences = differences_of(pool, build_model, parallelize, sizes, inputs=inputs, steps=steps, **more)
+    assert Report(differences).equal, str(Report(differences))
+
+
+@pytest.mark.swept(lambda p: p["sizes"] == (2, 2) and p["options"].get("activation_checkpointing") != "selective")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"sequence_parallel": False},
+        {"activation_checkpointing": "full"},
+        {"activation_checkpointing": "selective"},
+        {"activation_checkpointing": "selective", "sequence_parallel": False},
+        {"lean": False, "regather": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("sizes", [(1, 2), (2, 2)], ids=str)
+def test_equals_one_device(pool, sizes, options) -> None:
+    assert_overlapped_equals(pool, LLAMA, fabric_tp.litgpt(overlap=True, **options), sizes, steps=3)
+
+
+GPT = {
+    "experts": partial(build, "Mixtral-8x7B-v0.1"),
+    "parallel residual": partial(build, "pythia-14m"),
+    "one norm for both": partial(build, "phi-2"),
+    "windows, norms of heads": partial(small_gpt, small_config("Gemma-3-1b-it")),
+    "adapters": partial(small_lora, "Llama-3-8B", "every layer"),
+}
+
+
+@pytest.mark.swept(lambda p: p["name"] not in ("experts", "adapters"))
+@pytest.mark.parametrize("name", GPT)
+def test_litgpt(pool, name) -> None:
+    assert_overlapped_equals(pool, GPT[name], fabric_tp.litgpt(overlap=True, fused_loss=name != "adapters"))
+
+
+TYPES = ["gpt2", "mistral", "deepseek_v3", "gpt_oss", "qwen3_moe", "gemma3_text", "bloom", "falcon", "mpt", "opt"]
+
+
+@pytest.mark.swept(lambda p: p["model_type"] not in ("gpt2", "bloom"))
+@pytest.mark.parametrize("model_type", TYPES)
+def test_transformers(pool, model_type) -> None:
+    assert_overlapped_equals(pool, partial(small_causal, model_type), fabric_tp.auto(overlap=True))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_batch_that_two_do_not_divide(pool, batch) -> None:
+    assert_overlapped_equals(pool, LLAMA, fabric_tp.litgpt(overlap=True), batch=batch)
+
+
+def test_four_ranks_and_a_length_that_they_do_not_divide(pool) -> None:
+    inputs = tokens(4)[:, :13]
+    differences = differences_of(pool, LLAMA, fabric_tp.litgpt(overlap=True), (1, 4), inputs=inputs)
+    assert Report(differences).equal, str(Report(differences))
+
+
+def with_dropout(overlap: bool) -> list[Tensor]:
+    """Losses and a gradient, which depend on every mask."""
+    model = small_causal("gpt2", resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.0)
+    torch.manual_seed(5)
+    model = fabric_tp.auto(overlap=overlap)(model.train(), mesh(1, 2))
+    losses = []
+    for _ in range(2):
+        loss = next_token_loss(model(tokens(4)), tokens(4))
+        loss.backward()
+        losses.append(loss.detach())
+    weight: Any = model.get_parameter("transformer.h.1.ln_1.weight")
+    return [*losses, weight.grad.full_tensor()]
+
+
+def test_masks_are_those_of_the_whole_batch(pool) -> None:
+    torch.testing.assert_close(pool(2)(with_dropout, True), pool(2)(with_dropout, False))
+
+
+class _Trace(TorchDispatchMode):
+    """What was issued and awaited, and matrix products, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[tuple[str, int]] = []
+        self.alive: list[Tensor] = []  # so that no address is used twice
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        name = str(operation)
+        if "_c10d_functional.wait_tensor" in name:
+            self.events.append(("wait", args[0].data_ptr()))
+        elif "_c10d_functional" in name:
+            self.alive.append(result)
+            self.events.append(("issue", result.data_ptr()))
+        elif "mm" in name:
+            self.events.append(("product", 0))
+        return result
+
+    def exposed(self) -> Counter[bool]:
+        """How many collectives have no product between issue and wait, and how many have."""
+        found: Counter[bool] = Counter()
+        for place, (what, address) in enumerate(self.events):
+            if what == "issue":
+                end = self.events.index(("wait", address), place)
+                found[("product", 0) not in self.events[place:end]] += 1
+        return found
+
+
+def exposed(layers: int, options: dict[str, Any]) -> tuple[Counter[bool], Counter[bool]]:
+    """In forward and backward of so many blocks."""
+    from litgpt import GPT
+
+    from tests.models import litgpt_config
+
+    model = fabric_tp.litgpt(**options)(GPT(litgpt_config("Llama-3-8B", n_layer=layers)), mesh(1, 2))
+    inputs = tokens(4)
+    next_token_loss(model(inputs), inputs).backward()
+    with _Trace() as forward:
+        loss = next_token_loss(model(inputs), inputs)
+    with _Trace() as backward:
+        loss.backward()
+    return forward.exposed(), backward.exposed()
+
+
+EXPOSED = {
+    (True, True): ((2, 8), (1, 12)),  # the first gather and the last sum of a block; the gradient of its first input
+    (True, False): ((1, 4), (0, 4)),
+    (False, True): ((4, 4), (2, 6)),
+    (False, False): ((2, 2), (0, 2)),
+}
+"""By overlap and sequence_parallel, of the collectives of a block, in the forward and in the backward."""
+
+
+@pytest.mark.parametrize(("overlap", "sequence_parallel"), EXPOSED)
+def test_products_run_beside_collectives(pool, overlap, sequence_parallel) -> None:
+    options = {"overlap": overlap, "sequence_parallel": sequence_parallel, "fused_loss": True}
+    one, three = (pool(2)(exposed, layers, options) for layers in (1, 3))
+    for few, many, expected in zip(one, three, EXPOSED[overlap, sequence_parallel], strict=True):
+        of_a_block = {key: (many[key] - few[key]) / 2 for key in (True, False)}
+        assert (of_a_block[True], sum(of_a_block.values())) == expected
+
+
+def test_an_error_in_one_half_ends_both() -> None:
+    ended: list[int] = []
+
+    def half(index: int) -> None:
+        try:
+            halves.give_way()
+            if index:
+                raise ValueError("in a half")
+            halves.give_way()
+        finally:
+            ended.append(index)
+
+    with pytest.raises(ValueError, match="in a half"):
+        halves.take_turns(half, [1, 1])
+    assert sorted(ended) == [0, 1]
+    assert halves.current_half() is None
+
+
+def test_refused() -> None:
+    with pytest.raises(ValueError, match="compile=True exclude each other"):
+        fabric_tp.litgpt(overlap=True, compile=True)
