@@ -160,8 +160,9 @@ def one_device_step(shape: Shape, whole: bool) -> Step:
     return step(Llama(shape), _flat_cross_entropy, shape, whole)
 
 
-def fabric_tp_step(shape: Shape, whole: bool, mesh: DeviceMesh) -> Step:
-    return step(fabric_tp.llama(verify=False)(Llama(shape), mesh), fabric_tp.cross_entropy, shape, whole)
+def fabric_tp_step(shape: Shape, whole: bool, mesh: DeviceMesh, **options: Any) -> Step:
+    """With these options of :func:`fabric_tp.llama`."""
+    return step(fabric_tp.llama(verify=False, **options)(Llama(shape), mesh), fabric_tp.cross_entropy, shape, whole)
 
 
 def litgpt_config(shape: Any, **more: Any) -> Config:
