@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fabric_tp.autograd.halves import take_turns
 from fabric_tp.styles.style import LocalModule, mixed, put_back
+
+PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+"""Arguments and results that are the same for both halves."""
 
 
 class _OverlappedBlock(nn.Module):
@@ -56,7 +60,16 @@ def _batch(args: Sequence[Any], kwargs: dict[str, Any]) -> int | None:
     Its first tensor has them. Another one of two dimensions, whose first is as long, may be positions or a mask for
     each sample, ``(b, s)``, or one for all, ``(s, s)``: where b is s, nobody knows.
     """
-    tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+    leaves = tree_flatten((args, kwargs))[0]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    others = {type(leaf).__name__ for leaf in leaves if not isinstance(leaf, (Tensor, *PLAIN))}
+    if others:
+        warnings.warn(
+            f"overlap=True has no effect on blocks that are given a {' and a '.join(sorted(others))}, which cannot be"
+            " halved. Transformers' models give out no cache if they are called with use_cache=False.",
+            stacklevel=2,
+        )
+        return None
     if not tensors or tensors[0].dim() < 2 or len(tensors[0]) < 2:
         return None
     batch = len(tensors[0])
@@ -87,13 +100,16 @@ def _joined(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
     leaves, structure = zip(*map(tree_flatten, outputs), strict=True)
     joined: list[Any] = []
     for parts in zip(*leaves, strict=True):
-        if not isinstance(parts[0], Tensor):
+        if isinstance(parts[0], PLAIN) and all(part == parts[0] for part in parts):
             joined.append(parts[0])
-        elif all(part.dim() and len(part) == size for part, size in zip(parts, sizes, strict=True)):
+        elif all(isinstance(part, Tensor) for part in parts) and all(
+            part.dim() and len(part) == size for part, size in zip(parts, sizes, strict=True)
+        ):
             joined.append(torch.cat(parts))
         else:
+            what = f"tensor {tuple(parts[0].shape)}" if isinstance(parts[0], Tensor) else type(parts[0]).__name__
             raise ValueError(
-                f"overlap=True halves the batch of each block, and one returns a tensor {tuple(parts[0].shape)} without"
-                f" a dimension of {sizes[0]} samples. Leave overlap out for this model."
+                f"overlap=True halves the batch of each block, and one returns a {what} without a dimension of"
+                f" {sizes[0]} samples. Leave overlap out for this model."
             )
     return tree_unflatten(joined, structure[0])

@@ -117,7 +117,8 @@ def test_estimate_of_adapters(pool, sizes) -> None:
     assert sizes[0] == 1 or 0 < scattered[0] < 0.3 * scattered[1]
 
 
-@pytest.mark.parametrize("sizes", [(1, 2), pytest.param((2, 2), marks=pytest.mark.sweep)], ids=str)
+@pytest.mark.sweep
+@pytest.mark.parametrize("sizes", [(1, 2), (2, 2)], ids=str)
 def test_estimate_of_a_quantized_base(pool, sizes) -> None:
     options = {"fused_loss": True, "quantize": "bnb.nf4"}
     peak, most, sent = pool(sizes[0] * sizes[1])(real_step, "Llama-3-8B", sizes, options, "32-true", True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fabric_tp
@@ -183,6 +184,44 @@ def test_an_error_in_one_half_ends_both() -> None:
         halves.take_turns(half, [1, 1])
     assert sorted(ended) == [0, 1]
     assert halves.current_half() is None
+
+
+class Router(nn.Linear):
+    """Returns something of the whole batch beside what it computes."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        return (y, y.mean()) if self.out_features == 4 else (y, object())
+
+
+def of_the_whole_batch(features: int) -> str:
+    model = Router(4, features)
+    fabric_tp.from_plan({"": fabric_tp.styles.Replicated("replicate")}, overlap=True)(model, mesh(1, 2))
+    with pytest.raises(ValueError) as error:
+        model(torch.ones(2, 3, 4))
+    return str(error.value)
+
+
+def test_results_of_the_whole_batch_are_refused(pool) -> None:
+    assert "returns a tensor () without a dimension of 1 samples" in pool(2)(of_the_whole_batch, 4)
+    assert "returns a object" in pool(2)(of_the_whole_batch, 2)
+
+
+def with_cache() -> tuple[list[str], float]:
+    model = small_causal("llama")
+    model.config.use_cache = True
+    expected = model(tokens(4)).logits
+    model = fabric_tp.auto(overlap=True, loss_parallel=False)(model, mesh(1, 2))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        found = model(tokens(4)).logits
+    return [str(each.message) for each in warned], float((found - expected).abs().max() / expected.abs().max())
+
+
+def test_blocks_that_are_given_a_cache_compute_whole_batches(pool) -> None:
+    warned, difference = pool(2)(with_cache)
+    assert any("given a DynamicCache" in message and "use_cache=False" in message for message in warned)
+    assert difference < 2e-5
 
 
 def test_refused() -> None:

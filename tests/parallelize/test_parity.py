@@ -102,6 +102,7 @@ def test_compile(pool, name, options, sizes) -> None:
     pool(sizes[0] * sizes[1])(compiled_by, backend, assert_parity, *arguments)
 
 
+@pytest.mark.swept(lambda p: p["reshard_after_forward"])
 @pytest.mark.parametrize("reshard_after_forward", [True, False])
 def test_reshard_after_forward(pool, reshard_after_forward) -> None:
     options = {"reshard_after_forward": reshard_after_forward}

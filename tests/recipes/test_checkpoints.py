@@ -34,6 +34,7 @@ def test_resume_auto_continues_the_same_losses(folder: Path, run_1x1: Path) -> N
     assert (out_dir / "final" / "lit_model.pth").is_file()
 
 
+@pytest.mark.sweep
 def test_resume_on_another_mesh(folder: Path, run_1x1: Path) -> None:
     out_dir = folder / "another-mesh"
     run_ranks(2, options(out_dir, "--resume", run_1x1 / "step-00000010"))
@@ -41,6 +42,7 @@ def test_resume_on_another_mesh(folder: Path, run_1x1: Path) -> None:
     torch.testing.assert_close(losses(out_dir), losses(run_1x1)[10:], rtol=1e-4, atol=0)
 
 
+@pytest.mark.sweep
 def test_asynchronous_checkpoints_are_the_same_and_old_ones_go(folder: Path, run_1x1: Path) -> None:
     out_dir = folder / "asynchronous"
     run_ranks(1, options(out_dir, "--async_save", "true", "--keep_last", 1))

@@ -57,7 +57,7 @@ QUANTIZED = fabric_tp.litgpt(quantize="bnb.nf4")
     [
         ("grouped", (1, 2), {}),
         ("shared keys", (1, 2), {"activation_checkpointing": "full"}),
-        ("biases", (2, 2), {"sequence_parallel": False}),
+        pytest.param("biases", (2, 2), {"sequence_parallel": False}, marks=pytest.mark.sweep),
         pytest.param("experts", (2, 2), {"activation_checkpointing": "selective"}, marks=pytest.mark.sweep),
         pytest.param("heads that ranks do not divide", (1, 2), {}, marks=pytest.mark.sweep),
         pytest.param("grouped", (2, 1), {"lean": False}, marks=pytest.mark.sweep),
@@ -70,6 +70,7 @@ def test_equals_one_device(pool, model, sizes, options) -> None:
     assert report.equal, str(report)
 
 
+@pytest.mark.sweep
 def test_compiled(pool) -> None:
     parallelize = fabric_tp.litgpt(quantize="bnb.nf4", compile=True)
     report = Report(differences_of(pool, partial(rounded, "grouped"), parallelize, backend=PARTITIONED))
