@@ -45,7 +45,8 @@ What holds, each with a test of its name:
 8.  *Weights are kept by reference.* Saved tensors are counted by activation checkpointing, whose recomputation stops at
     the last one: a weight would make it run the layer's product. Autograd therefore does not check whether a weight was
     changed in place, and the backward compares versions itself.
-9.  *What Enter saved is taken once.* Activation checkpointing gives it out once in a backward; see :func:`saved`.
+9.  *What Enter saved is taken once.* Activation checkpointing gives it out once in a backward; see ``saved`` in
+    ``recompute.py``.
 10. *Nothing whole outlives its use.* e is freed after the last gradient of a weight, G once its sum was issued.
 11. *Gradients have their tensors' dtypes.* Products are in that of ``dy``, lower than those of e and W under autocast.
     Parts of G are added up in e's; autograd casts the gradient of W.

@@ -16,8 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fabric_tp.loss import cross_entropy
 from fabric_tp.measure.communication import Collective
-from fabric_tp.measure.memory import KINDS
-from fabric_tp.measure.step import CountedStep, count_step, default_dtype
+from fabric_tp.measure.layers import FEW, with_few_layers
+from fabric_tp.measure.memory import KINDS, Kind, Memory
+from fabric_tp.measure.step import CountedStep, NotAlike, count_step, default_dtype
 from fabric_tp.mesh import fake_mesh, fake_tensors
 from fabric_tp.parallelize import Parallelize, litgpt
 from fabric_tp.styles.quantized import quantizable
@@ -103,6 +104,7 @@ def estimate(
     collectives that go nowhere, with the optimizer's state of an earlier step. What an operation takes and gives back
     within itself, and what the allocator wastes, is not in it. Blocks are counted as if they were not compiled:
     compiled ones keep as much, and without sequence parallelism also outputs of norms. Experts get equally many tokens.
+    Of blocks that are all alike a few run, and the others are counted as these.
 
     Args:
         model: A name that litgpt knows (``"Llama-3-8B"``), a checkpoint directory, or a config. With a
@@ -136,8 +138,39 @@ def estimate(
     sizes = {"tensor_parallel_size": tensor_parallel_size, "data_parallel_size": data_parallel_size}
     least = _least(whole, parallelize, sizes, batch[0] * batch[1], precision)
     shape: dict[str, Any] = {**sizes, "micro_batch_size": batch[0], "sequence_length": batch[1], "precision": precision}
-    step = _count(config, parallelize, sizes, batch, precision)
+    blocks: Any = whole.get_submodule("transformer.h")
+    short = [each for layers in (FEW, FEW + 1) if (each := with_few_layers(config, blocks, layers)) is not None]
+    try:
+        steps = [_count(each, parallelize, sizes, batch, precision, config.n_layer) for each in short]
+        step = _extended(*steps, times=config.n_layer - FEW)
+    except NotAlike:
+        step = _count(config, parallelize, sizes, batch, precision, config.n_layer)
     return Estimate(**vars(step), model=config.name, **shape, least=least, parallelize=parallelize)
+
+
+def _extended(*steps: CountedStep, times: int) -> CountedStep:
+    """From steps that differ in what grows with the number of blocks outside of them: one by which it grew so often.
+
+    Raises:
+        NotAlike: There are not two, or they differ in something else.
+    """
+    if len(steps) < 2 or len(steps[0].collectives) != len(steps[1].collectives):
+        raise NotAlike
+    one, other = steps[0].memory, steps[1].memory
+    collectives = []
+    for few, more in zip(*(step.collectives for step in steps), strict=True):
+        if replace(few, nbytes=more.nbytes) != more:
+            raise NotAlike
+        collectives.append(replace(few, nbytes=few.nbytes + times * (more.nbytes - few.nbytes)))
+    if one.phase != other.phase:
+        raise NotAlike
+
+    def grown(few: dict[Kind, int], more: dict[Kind, int]) -> dict[Kind, int]:
+        return {kind: few[kind] + times * (more[kind] - few[kind]) for kind in KINDS}
+
+    at_peak = grown(one.at_peak, other.at_peak)
+    memory = Memory(sum(at_peak.values()), one.phase, at_peak, grown(one.most, other.most))
+    return CountedStep(memory, tuple(collectives))
 
 
 def _check_arguments(precision: str, **sizes: int) -> None:
@@ -166,18 +199,23 @@ def _least(
 
 
 def _count(
-    config: Config, parallelize: Parallelize, sizes: dict[str, int], batch: tuple[int, int], precision: Precision
+    config: Config,
+    parallelize: Parallelize,
+    sizes: dict[str, int],
+    batch: tuple[int, int],
+    precision: Precision,
+    layers: int,
 ) -> CountedStep:
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     with (
         fake_mesh(sizes["data_parallel_size"], sizes["tensor_parallel_size"]) as mesh,
         fake_tensors(config.n_expert or 1),
     ):
-        return _count_on(mesh, config, parallelize, batch, dtype)
+        return _count_on(mesh, config, parallelize, batch, dtype, layers)
 
 
 def _count_on(
-    mesh: DeviceMesh, config: Config, parallelize: Parallelize, batch: tuple[int, int], dtype: torch.dtype
+    mesh: DeviceMesh, config: Config, parallelize: Parallelize, batch: tuple[int, int], dtype: torch.dtype, layers: int
 ) -> CountedStep:
     from fabric_tp.architectures.litgpt.config import model_for_length
 
@@ -194,6 +232,8 @@ def _count_on(
         batch=(tokens, targets),
         lm_head=model.lm_head,
         warm_up=False,
+        blocks=list(model.transformer.h),
+        missing=layers - config.n_layer,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +12,6 @@ from fabric_tp.parallelize import ActivationCheckpointing, Parallelize, litgpt
 
 if TYPE_CHECKING:
     from litgpt import Config
-
-SHORT = (4, 5)
-"""Layers of the models by which :func:`fit` rules out most ways, without a step of the whole one."""
 
 
 def fit(
@@ -61,8 +57,6 @@ def fit(
             continue
         sizes |= {"tensor_parallel_size": size, "data_parallel_size": devices // size}
         for option in _from_fast_to_lean(parallelize, devices // size):
-            if least_peak_by_layers(config, option, sizes) > memory:
-                continue
             found = estimate(config, option, **sizes)
             if found.memory.peak <= memory:
                 yield found
@@ -80,20 +74,3 @@ def _from_fast_to_lean(parallelize: Parallelize, data_parallel_size: int) -> Ite
         if data_parallel_size > 1:
             yield replace(option, reshard_after_forward=False)
         yield replace(option, reshard_after_forward=True)
-
-
-def least_peak_by_layers(config: Config, parallelize: Parallelize, sizes: dict[str, Any]) -> int:
-    """A bound from below for the peak, from models with fewer layers.
-
-    At any one moment of the step the bytes grow linearly with the number of layers, so that the peak, the largest of
-    them, is convex: it lies above the line through two of its points.
-    """
-    few, more = SHORT
-    if config.n_layer <= few + more or config.sliding_window_size is not None:
-        return 0
-    peaks = []
-    for layers in SHORT:
-        short = copy.copy(config)
-        short.n_layer = layers
-        peaks.append(estimate(short, parallelize, **sizes).memory.peak)
-    return peaks[0] + (peaks[1] - peaks[0]) * (config.n_layer - few) // (more - few)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -58,6 +58,10 @@ class _Storage:
     reference: weakref.ref[torch.UntypedStorage] | None = None
 
 
+Change = tuple[_Storage, int]
+"""Bytes that a storage has more than before."""
+
+
 class MemoryTracker(TorchDispatchMode):
     """Counts the bytes of all tensors that operations make within this context, each storage once.
 
@@ -74,7 +78,7 @@ class MemoryTracker(TorchDispatchMode):
         self.made: Kind = "temporaries"
         """What tensors that are made now are for, unless marked otherwise."""
         self._live: dict[int, _Storage] = {}
-        self._changes: list[tuple[_Storage, int]] = []
+        self._changes: list[Change] = []
         self._phases: list[tuple[int, str]] = [(0, "")]
         self._first = 0
         self._gathered: dict[int, _Storage] = {}
@@ -122,6 +126,24 @@ class MemoryTracker(TorchDispatchMode):
         """Forget earlier peaks."""
         self._look_at_gathered()
         self._first = len(self._changes)
+
+    @property
+    def recorded(self) -> int:
+        """How many changes were recorded."""
+        return len(self._changes)
+
+    def record(self, start: int, end: int) -> list[Change]:
+        return self._changes[start:end]
+
+    def insert(self, at: int, changes: list[Change]) -> None:
+        """Count changes once more, before that with this number."""
+        self._changes[at:at] = changes
+        self._phases = [(start + len(changes) if start >= at else start, name) for start, name in self._phases]
+        self._first += len(changes) if self._first >= at else 0
+
+    def insert_before(self, sizes: Mapping[Kind, int]) -> None:
+        """Count bytes of something that was there at the last :meth:`restart` and stays."""
+        self.insert(self._first, [(_Storage(size, kind, final=True), size) for kind, size in sizes.items()])
 
     def memory(self) -> Memory:
         """What was counted since the start or the last :meth:`restart`."""

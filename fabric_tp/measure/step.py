@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from fabric_tp.measure.communication import Collective, CollectiveCounter
-from fabric_tp.measure.memory import Memory, MemoryTracker
+from fabric_tp.measure.layers import COMPARED, Blocks
+from fabric_tp.measure.memory import Kind, Memory, MemoryTracker
 from fabric_tp.strategy.optimizer import local
 from fabric_tp.styles.quantized import quantized_weights
 
@@ -42,6 +44,8 @@ def count_step(
     max_norm: float = 1.0,
     update: Callable[[], object] | None = None,
     warm_up: bool = True,
+    blocks: Sequence[nn.Module] = (),
+    missing: int = 0,
 ) -> CountedStep:
     """Count the memory and the collectives of one rank in the second of two training steps.
 
@@ -57,16 +61,23 @@ def count_step(
         update: Instead of ``optimizer.step()`` on local shards.
         warm_up: ``False``: the first step has no forward and backward, and gradients of zero. On fake tensors it must
             be ``True`` if forward and backward run operations on DTensors, which find out shapes on their first run.
+        blocks: Of the model, if some are missing.
+        missing: How many more of them the model has in truth, that are all alike.
+
+    Raises:
+        NotAlike: Blocks did not do the same.
     """
     with CollectiveCounter(mesh) as counter, MemoryTracker() as tracker:
         tracker.mark("buffers", [*model.buffers(), *batch])
         tracker.mark("parameters", model.parameters())
         tracker.mark("parameters", (each for weight in quantized_weights(model).values() for each in weight.tensors()))
         watch = _Phases(tracker, counter)
+        counted = Blocks(blocks, tracker, counter)
         hooks = [lm_head.register_forward_pre_hook(watch.enter_lm_head)] if lm_head is not None else []
         for whole in (warm_up, True):
             tracker.restart()
             counter.collectives.clear()
+            counted.restart()
             if whole:
                 _forward_and_backward(compute_output, compute_loss, watch)
             else:
@@ -78,7 +89,31 @@ def count_step(
             optimizer.zero_grad()
         for hook in hooks:
             hook.remove()
+        counted.remove()
+        if missing and not counted.repeat(missing, _always(blocks[COMPARED[1]], optimizer)):
+            raise NotAlike
         return CountedStep(tracker.memory(), tuple(counter.collectives))
+
+
+class NotAlike(Exception):
+    """Blocks of a model did not do the same."""
+
+
+def _always(block: nn.Module, optimizer: torch.optim.Optimizer) -> dict[Kind, int]:
+    """Bytes of a block that live throughout a step."""
+    parameters: list[Any] = list(block.parameters())
+    states = _tensors(optimizer.state[parameter] for parameter in parameters if parameter in optimizer.state)
+    quantized = (each for weight in quantized_weights(block).values() for each in weight.tensors())
+    return {
+        "parameters": sum(map(_stored, (*parameters, *quantized))),
+        "optimizer state": sum(map(_stored, states)),
+        "buffers": sum(map(_stored, block.buffers())),
+    }
+
+
+def _stored(tensor: Tensor) -> int:
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return local.untyped_storage().nbytes()
 
 
 @contextmanager

@@ -44,6 +44,7 @@ def main(
     sequence_parallel: bool = True,
     loss_parallel: bool = True,
     replicate_attention: bool = False,
+    overlap: bool = False,
     only: str = "",
     every: int = 1,
     steps: int = 1,
@@ -62,6 +63,7 @@ def main(
         sequence_parallel: As in fabric_tp.auto.
         loss_parallel: As in fabric_tp.auto.
         replicate_attention: As in fabric_tp.auto.
+        overlap: As in fabric_tp.auto, with batches of four.
         only: Take only models whose name contains this.
         every: Take only every so manieth model.
         steps: Optimizer steps whose weights to compare.
@@ -70,7 +72,10 @@ def main(
             or gives other tokens than its model without a cache, the line says so, and the model is what must be met.
     """
     parallelize_fn = auto(
-        sequence_parallel=sequence_parallel, loss_parallel=loss_parallel, replicate_attention=replicate_attention
+        sequence_parallel=sequence_parallel,
+        loss_parallel=loss_parallel,
+        replicate_attention=replicate_attention,
+        overlap=overlap,
     )
     ranks = Ranks(data_parallel_size * tensor_parallel_size)
     sizes = (data_parallel_size, tensor_parallel_size)
@@ -117,7 +122,8 @@ Compared = Callable[[Case, Ranks], tuple[str, str]]
 def _verdict(
     build: BuildModel, parallelize_fn: Parallelize, ranks: Ranks, sizes: tuple[int, int], compared: Compared
 ) -> tuple[str, str]:
-    tokens = torch.randint(VOCABULARY, (2 * sizes[0], LENGTH), generator=torch.Generator().manual_seed(0))
+    batch = (4 if parallelize_fn.overlap else 2) * sizes[0]
+    tokens = torch.randint(VOCABULARY, (batch, LENGTH), generator=torch.Generator().manual_seed(0))
     try:
         model = build()
         with torch.no_grad():
