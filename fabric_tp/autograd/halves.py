@@ -39,8 +39,6 @@ class Half:
     first: int
     """Of its samples, in the batch."""
     size: int
-    batch: int
-    """Samples of all parts."""
     is_alone: bool = False
     is_ahead: bool = False
     """By as much as a half computes between two collectives, so that it computes while the other's ones run."""
@@ -97,7 +95,7 @@ def take_turns(function: Callable[[int], Result], sizes: Sequence[int]) -> list[
     def run(index: int) -> None:
         results[index] = function(index)
 
-    halves = [Half(i, sum(sizes[:i]), size, sum(sizes)) for i, size in enumerate(sizes)]
+    halves = [Half(i, sum(sizes[:i]), size) for i, size in enumerate(sizes)]
     parts = [greenlet(run) for _ in halves]
     outer = _turn.half
     try:

@@ -65,7 +65,7 @@ def reduction(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or not keeping or not all(x.requires_grad for x in inputs):
         return function(*inputs)
     inputs = tuple(x if producer_of(x) is not None else _Keep.apply(x) for x in inputs)
-    half = current_half() or Half(0, 0, 0, 0)
+    half = current_half() or Half(0, 0, 0)
     if _results.taken is not None:
         result, turns = next(_results.taken[half.index])
         for _ in range(turns):  # as the first time, so that the halves keep what they keep in the same order

@@ -110,7 +110,7 @@ class RunPosition:
             ValueError: As for :meth:`call`.
         """
         forward, number = self.call(name)
-        half = current_half() or Half(0, 0, forward.batch, forward.batch)
+        half = current_half() or Half(0, 0, forward.batch)
         if x.shape[0] == half.size:
             key = mix(self.seed, name, number)
             stride = self.data_parallel_size
