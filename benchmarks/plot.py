@@ -75,6 +75,35 @@ def plot_llama(
     plt.close(figure)
 
 
+def plot_limited_link(
+    seconds: Mapping[int | None, Mapping[str, float]], communication: Mapping[int, float], file: Path
+) -> None:
+    """Time of a step of each way against the bandwidth, and what the longer of computing and communicating takes.
+
+    Args:
+        seconds: By bandwidth in Mbit/s, None without a limit, and way.
+        communication: Seconds that the bytes of a step take at each bandwidth.
+        file: To write.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    rates = sorted(communication)
+    ways = list(seconds[None])
+    for way in ways:
+        axes.plot(rates, [1000 * seconds[rate][way] for rate in rates], marker="o", label=way)
+    limit = [1000 * max(seconds[None][ways[0]], communication[rate]) for rate in rates]
+    axes.plot(rates, limit, "k--", label="the longer of computing and communicating")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(rates, [str(rate) for rate in rates])
+    axes.set_xlabel("Mbit/s between two ranks")
+    axes.set_ylabel("ms of forward and backward")
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
 def _stack(
     axes: Any, places: Sequence[float], memories: Sequence[Memory], unit: float, width: float, hatch: str
 ) -> None:

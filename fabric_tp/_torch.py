@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._C._distributed_c10d import _register_work
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily as unset_fake_temporarily
 from torch.distributed._composable import checkpoint as checkpoint  # composable: leaves parameter names alone
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
@@ -22,6 +23,23 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
 Subclass = TypeVar("Subclass", bound=Tensor)
+
+
+class OperationMode(TorchDispatchMode):
+    """Sees operations on plain and on fake tensors; those of a DTensor and the like come as what they do with these."""
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if any(cls not in (Tensor, nn.Parameter, FakeTensor) for cls in types):
+            return NotImplemented
+        if operation is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # asked for a dozen times in each operation
+        return self.see(operation, args, kwargs or {})
+
+    def see(self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What to do in the operation's place; its result."""
+        raise NotImplementedError
 
 
 def forget_meshes() -> None:
@@ -33,21 +51,15 @@ def forget_meshes() -> None:
 def start_all_gather(x: Tensor, group_size: int, group_name: str) -> Tensor:
     """As :func:`all_gather`; the result is there after :func:`wait`. Functional, so that the compiler can trace it.
 
-    On the CPU it first waits for the one before: of several at once gloo's threads write where nothing is to be written
-    (torch 2.13; a program with four of them in flight, and nothing else, ends within seconds).
+    On the CPU by another operator: of several functional ones at once gloo's threads write where nothing is to be
+    written (torch 2.13; a program with four of them in flight, and nothing else, ends within seconds).
     """
-    if torch.compiler.is_compiling() or x.device.type != "cpu":
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or is_fake(x):
         return torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), group_size, group_name)
-    earlier = _last_gather.pop(group_name, None)
-    if earlier is not None and (running := earlier()) is not None:
-        wait(running)
-    gathered = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), group_size, group_name)
-    _last_gather[group_name] = weakref.ref(gathered)
+    gathered = x.new_empty((group_size * x.shape[0], *x.shape[1:]))
+    work = _resolve_process_group(group_name)._allgather_base(gathered, x.contiguous())
+    _register_work(gathered, work)
     return gathered
-
-
-_last_gather: dict[str, weakref.ref[Tensor]] = {}
-"""The result of each group's last all-gather on the CPU, if nobody has waited for it yet."""
 
 
 def start_differentiable_all_gather(x: Tensor, group_size: int, group_name: str) -> Tensor:
@@ -71,9 +83,6 @@ def all_to_all(x: Tensor, received: list[int], sent: list[int], group_name: str)
 
 
 def wait(x: Tensor) -> Tensor:
-    if not torch.compiler.is_compiling():
-        for name in [name for name, gathered in _last_gather.items() if (result := gathered()) is None or result is x]:
-            del _last_gather[name]
     return torch.ops._c10d_functional.wait_tensor(x)
 
 

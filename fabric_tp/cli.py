@@ -1,4 +1,5 @@
-"""``fabric-tp estimate`` and ``explain``: what a run will need, before it is started; ``convert``: checkpoints."""
+"""``fabric-tp estimate``, ``plan`` and ``explain``: what a run will need and how fast it will be, before it is started;
+``hardware``: what devices can do; ``convert``: checkpoints."""
 
 from __future__ import annotations
 
@@ -6,22 +7,30 @@ import json
 import re
 import sys
 import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import fabric_tp
 from fabric_tp.architectures.litgpt.config import load_config, meta_model, with_adapters
 from fabric_tp.checkpoint.conversion import Layout
-from fabric_tp.measure.estimation import Estimate, Precision, gib, render
+from fabric_tp.measure.calibration import measure_hardware
+from fabric_tp.measure.estimation import Estimate, Precision
 from fabric_tp.measure.fit import cheapest, fit
+from fabric_tp.measure.hardware import load_hardware
+from fabric_tp.measure.planning import fastest
+from fabric_tp.measure.planning import plan as plan_ways
+from fabric_tp.measure.prediction import Prediction, predict
+from fabric_tp.measure.report import table_of_estimates, table_of_predictions
 
 if TYPE_CHECKING:
     from litgpt import Config
+
+Way = TypeVar("Way", Estimate, Prediction)
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -44,10 +53,11 @@ def estimate(
     lora_head: bool = False,
     fit: str | None = None,
     max_tensor_parallel_size: int = 8,
+    hardware: str | None = None,
     json: Path | None = None,
     **options: Any,
 ) -> None:
-    """Memory of each rank and bytes on the wire in a training step; needs no GPU.
+    """Memory of each rank, bytes on the wire and time of a training step; needs no GPU.
 
     Args:
         model: A name that litgpt knows, such as Llama-3-8B, or a checkpoint directory.
@@ -65,15 +75,16 @@ def estimate(
         lora_mlp: Whether the layers of the MLP, and the router of experts, get one each.
         lora_head: Whether the last layer, to the vocabulary, gets one.
         fit: Memory of a card, such as 80GiB: list the meshes of tensor_parallel_size x data_parallel_size devices,
-            and the options, that fit it, cheapest communication first.
+            and the options, that fit it, cheapest communication first; with ``hardware``, the fastest first.
         max_tensor_parallel_size: With ``fit``, the devices of one machine.
+        hardware: Also predict the time: a100, h100, h200, b200, or a file that ``fabric-tp hardware`` wrote.
         json: A file to write the figures to.
         options: Of ``fabric_tp.litgpt``.
     """
     parallelize = fabric_tp.litgpt(mixed_precision=None, **options)
     layers = {"query": lora_query, "key": lora_key, "value": lora_value, "projection": lora_projection}
     layers |= {"mlp": lora_mlp, "head": lora_head}
-    config = load_config(model)
+    config, known = load_config(model), load_hardware(hardware) if hardware else None
     if lora:
         config = with_adapters(config, lora_r=lora_r, **{f"lora_{layer}": given for layer, given in layers.items()})
     shared: dict[str, Any] = {
@@ -84,13 +95,70 @@ def estimate(
     if fit is None:
         shared |= {"tensor_parallel_size": tensor_parallel_size, "data_parallel_size": data_parallel_size}
         found = [fabric_tp.estimate(config, parallelize, **shared)]
-        print(found[0])
     else:
-        found = _fitting(
-            config, parallelize, fit, tensor_parallel_size * data_parallel_size, max_tensor_parallel_size, shared
-        )
-        print(_list(found, fit, tensor_parallel_size * data_parallel_size))
+        devices = tensor_parallel_size * data_parallel_size
+        found = cheapest(_fitting(config, parallelize, fit, devices, max_tensor_parallel_size, shared))
+    times = fastest(predict(each, known) for each in found) if known else []
+    if fit is None:
+        print(*found, *times, sep="\n")
+    elif not found:
+        print(NOTHING_FITS.format(devices=devices, card=fit))
+    elif times:
+        print(table_of_predictions(times, devices))
+    else:
+        print(table_of_estimates(found, f"{devices} devices of {fit}"))
+    _write(json, times or found)
+
+
+def plan(
+    model: str,
+    *,
+    devices: int,
+    hardware: str,
+    micro_batch_sizes: Sequence[int] = (1, 2, 4),
+    sequence_length: int | None = None,
+    precision: Precision = "bf16-true",
+    top: int = 10,
+    json: Path | None = None,
+    **options: Any,
+) -> None:
+    """The fastest meshes and options with which a model can be trained on so many devices; needs none of them.
+
+    Args:
+        model: A name that litgpt knows, such as Llama-3-8B, or a checkpoint directory.
+        devices: How many there are; each mesh uses them all.
+        hardware: a100, h100, h200, b200, or a file that ``fabric-tp hardware`` wrote. A tenth of its memory stays free.
+        micro_batch_sizes: Samples of each data-parallel rank, to be tried on each mesh.
+        sequence_length: Tokens of a sample; as many as the model can take by default.
+        precision: As in Fabric; "bf16-mixed" is FSDP2's, with fp32 parameters.
+        top: How many to list.
+        json: A file to write the figures of all to.
+        options: Of ``fabric_tp.litgpt``.
+    """
+    ways = plan_ways(
+        load_config(model),
+        fabric_tp.litgpt(mixed_precision=None, **options),
+        devices=devices,
+        hardware=hardware,
+        micro_batch_sizes=micro_batch_sizes,
+        sequence_length=sequence_length,
+        precision=precision,
+    )
+    found = fastest(_progress(ways))
+    print(table_of_predictions(found[:top], devices) if found else NOTHING_FITS.format(devices=devices, card=hardware))
     _write(json, found)
+
+
+def hardware(file: Path, *, accelerator: str = "auto", devices: int = 2) -> None:
+    """Measure what the devices here can do, for ``--hardware``; takes a minute on all of them.
+
+    Args:
+        file: The JSON file to write.
+        accelerator: As in Fabric: cpu, cuda, auto.
+        devices: That a machine has.
+    """
+    file.write_text(measure_hardware(accelerator, devices).to_json())
+    print(f"Wrote {file}")
 
 
 def explain(model: str, *, tensor_parallel_size: int = 1, data_parallel_size: int = 1, **options: Any) -> None:
@@ -132,6 +200,9 @@ def convert(
     print(f"Wrote {target}")
 
 
+NOTHING_FITS = "No mesh of {devices} devices fits {card}. More devices, or fewer tokens to each, are the way out."
+
+
 def parse_bytes(text: str) -> int:
     """Bytes of ``"80GiB"``, ``"80 GB"`` or ``"1000"``.
 
@@ -146,37 +217,18 @@ def parse_bytes(text: str) -> int:
 
 def _fitting(
     config: Config, parallelize: fabric_tp.Parallelize, card: str, devices: int, largest: int, shared: dict[str, Any]
-) -> list[Estimate]:
-    ways = fit(
-        config, parallelize, memory=parse_bytes(card), devices=devices, max_tensor_parallel_size=largest, **shared
+) -> Iterable[Estimate]:
+    memory = parse_bytes(card)
+    return _progress(
+        fit(config, parallelize, memory=memory, devices=devices, max_tensor_parallel_size=largest, **shared)
     )
-    progress = track(ways, "Trying meshes", transient=True, console=Console(stderr=True))
-    return cheapest(progress)
 
 
-def _list(found: list[Estimate], card: str, devices: int) -> str:
-    if not found:
-        return f"No mesh of {devices} devices fits {card}. More devices, or fewer tokens to each, are the way out."
-    table = Table(title=f"{found[0].model} on {devices} devices of {card}", title_justify="left")
-    for heading in ("tensor parallel", "data parallel", "activation checkpointing", "reshard after forward"):
-        table.add_column(heading)
-    for heading in ("peak, GiB", "GiB sent per step", "bytes sent per token"):
-        table.add_column(heading, justify="right")
-    for each in found:
-        options = each.parallelize
-        table.add_row(
-            str(each.tensor_parallel_size),
-            str(each.data_parallel_size),
-            options.activation_checkpointing,
-            str(options.reshard_after_forward).lower() if each.data_parallel_size > 1 else "",
-            gib(each.memory.peak),
-            gib(each.sent()),
-            f"{each.sent() / each.tokens:,.0f}",
-        )
-    return render(table)
+def _progress(ways: Iterable[Way]) -> Iterable[Way]:
+    return track(ways, "Trying meshes", transient=True, console=Console(stderr=True))
 
 
-def _write(file: Path | None, found: list[Estimate]) -> None:
+def _write(file: Path | None, found: Sequence[Estimate | Prediction]) -> None:
     if file:
         file.write_text(json.dumps([each.to_dict() for each in found], indent=2) + "\n")
 
@@ -184,7 +236,7 @@ def _write(file: Path | None, found: list[Estimate]) -> None:
 def main() -> None:
     warnings.filterwarnings("ignore")
     try:
-        auto_cli([estimate, explain, convert])
+        auto_cli([estimate, plan, explain, hardware, convert])
     except ValueError as error:  # the user's mistake, which says itself what to do
         sys.exit(f"fabric-tp: {error}")
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils._pytree import tree_leaves
 
 from fabric_tp import _torch
-from fabric_tp._torch import FakeTensor, FakeTensorMode, TorchDispatchMode, unset_fake_temporarily
+from fabric_tp._torch import FakeTensor, FakeTensorMode, OperationMode, unset_fake_temporarily
 
 DATA_PARALLEL, TENSOR_PARALLEL = "data_parallel", "tensor_parallel"
 
@@ -53,21 +53,18 @@ def fake_tensors(experts: int = 1) -> Iterator[None]:
         yield
 
 
-class _Values(TorchDispatchMode):
+class _Values(OperationMode):
     """Answers what depends on values, which fake tensors do not have, and leaves the mesh's own tensors real."""
 
     def __init__(self, experts: int) -> None:
         super().__init__()
         self._experts = experts
 
-    def __torch_dispatch__(
-        self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if any(cls not in (Tensor, nn.Parameter, FakeTensor) for cls in types):
-            return NotImplemented
-        if FakeTensor not in types and any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
+    def see(self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if tensors and not any(isinstance(each, FakeTensor) for each in tensors):
             with unset_fake_temporarily():
-                return operation(*args, **(kwargs or {}))
+                return operation(*args, **kwargs)
         if operation is torch.ops.aten._local_scalar_dense.default:
             return 0
         if operation is torch.ops._c10d_functional.wait_tensor.default:
@@ -76,4 +73,4 @@ class _Values(TorchDispatchMode):
             mask = args[0]
             found = mask.numel() // (self._experts if mask.dim() > 1 else 1)
             return mask.new_empty((found, mask.dim()), dtype=torch.int64)
-        return operation(*args, **(kwargs or {}))
+        return operation(*args, **kwargs)

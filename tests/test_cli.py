@@ -45,6 +45,38 @@ def test_estimate_of_adapters_on_a_quantized_base(run, tmp_path) -> None:
     assert written["least"]["parameters"] < 2 * (14.1e6 - in_blocks) + 0.6 * in_blocks
 
 
+def test_time_is_predicted(run, tmp_path) -> None:
+    file = tmp_path / "estimate.json"
+    sizes = ("--tensor_parallel_size", "2", "--data_parallel_size", "2", "--sequence_length", "64")
+    printed = run("estimate", "pythia-14m", *sizes, "--hardware", "h100", "--json", str(file))
+    for part in ("peak, in", "predicted for H100", "waiting, tensor parallel", "tokens per second and device"):
+        assert part in printed
+    (written,) = json.loads(file.read_text())
+    assert written["seconds"] == pytest.approx(sum(written["phases"].values()))
+
+
+def test_a_list_of_what_fits_is_sorted_by_time(run) -> None:
+    sizes = ("--data_parallel_size", "2", "--sequence_length", "64", "--fit", "1GiB", "--hardware", "h100")
+    printed = run("estimate", "pythia-14m", *sizes)
+    assert "tokens/s" in printed
+    assert "GiB sent" not in printed
+
+
+def test_a_plan(run, tmp_path) -> None:
+    given = ("--devices", "2", "--hardware", "h100", "--sequence_length", "64", "--micro_batch_sizes", "[1]")
+    printed = run("plan", "pythia-14m", *given, "--json", str(tmp_path / "plan.json"))
+    assert printed.count("│ 1 ") >= 1
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert [each["tensor_parallel_size"] for each in written] == [1, 2]
+    assert written[0]["tokens_per_second"] > written[1]["tokens_per_second"]
+
+
+def test_hardware_is_measured(run, tmp_path) -> None:
+    run("hardware", str(tmp_path / "here.json"), "--accelerator", "cpu", "--devices", "1")
+    given = ("--sequence_length", "16", "--precision", "32-true", "--hardware", str(tmp_path / "here.json"))
+    assert "CPU threads" in run("estimate", "pythia-14m", *given)
+
+
 def test_explain(run) -> None:
     assert "VocabParallelEmbedding" in run("explain", "pythia-14m", "--tensor_parallel_size", "2")
 
@@ -55,6 +87,13 @@ def test_convert(run, tmp_path) -> None:
     assert "Wrote" in run("convert", str(tmp_path / "hub"), str(tmp_path / "litgpt"), "--to", "litgpt")
     files = {path.name for path in (tmp_path / "litgpt").iterdir()}
     assert files >= {"lit_model.pth", "model_config.yaml", "config.json"}
+
+
+@pytest.mark.parametrize("command", ["estimate", "plan"])
+def test_hardware_that_is_not_known_is_said(run, command) -> None:
+    more = ("--devices", "2") if command == "plan" else ("--sequence_length", "16")
+    with pytest.raises(SystemExit, match="'h1000' is neither a file nor one of a100, h100"):
+        run(command, "pythia-14m", *more, "--hardware", "h1000")
 
 
 def test_mistakes_are_said_in_a_line(run) -> None:

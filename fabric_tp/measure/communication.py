@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves
 
-from fabric_tp._torch import FakeTensor, TorchDispatchMode, group_name
+from fabric_tp._torch import OperationMode, group_name
 
 CollectiveKind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "broadcast"]
 
@@ -43,6 +43,16 @@ class Collective:
         """Bytes that each rank sends; see :func:`ring_bytes`."""
         return ring_bytes(self.kind, self.nbytes, self.size)
 
+    def extended(self, other: Collective, times: int) -> Collective:
+        """With the bytes that ``other`` has more, so often.
+
+        Raises:
+            ValueError: ``other`` is not the same collective of more.
+        """
+        if replace(other, nbytes=self.nbytes) != self:
+            raise ValueError(f"{other} is not {self} of more.")
+        return replace(self, nbytes=self.nbytes + times * (other.nbytes - self.nbytes))
+
 
 def ring_bytes(kind: CollectiveKind, nbytes: int, size: int) -> int:
     """Bytes that each of ``size`` ranks sends in a ring, for ``nbytes`` as in :class:`Collective`.
@@ -55,34 +65,32 @@ def ring_bytes(kind: CollectiveKind, nbytes: int, size: int) -> int:
     return nbytes * (size - 1) * (2 if kind == "all-reduce" else 1) // size
 
 
-class CollectiveCounter(TorchDispatchMode):
+class CollectiveCounter(OperationMode):
     """Records each collective that is issued within this context, other than those of one rank with itself.
 
     Args:
-        mesh: Whose dimensions the collectives are to be told apart by.
+        mesh: Whose dimensions the collectives are to be told apart by; None if there are none.
     """
 
-    def __init__(self, mesh: DeviceMesh) -> None:
+    def __init__(self, mesh: DeviceMesh | None = None) -> None:
         super().__init__()
         self.collectives: list[Collective] = []
         self.phase = ""
         """What is running now."""
-        names = mesh.mesh_dim_names or tuple(map(str, range(mesh.ndim)))
-        self._axes: dict[str, tuple[str, int]] = {
-            mesh.get_group(index).group_name: (names[index], mesh.size(index)) for index in range(mesh.ndim)
-        }
-        self._whole = mesh.size()
+        self._axes: dict[str, tuple[str, int]] = {}
+        self._whole = 1 if mesh is None else mesh.size()
+        if mesh is not None:
+            names = mesh.mesh_dim_names or tuple(map(str, range(mesh.ndim)))
+            self._axes = {
+                mesh.get_group(index).group_name: (names[index], mesh.size(index)) for index in range(mesh.ndim)
+            }
 
-    def __torch_dispatch__(
-        self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if any(cls not in (Tensor, nn.Parameter, FakeTensor) for cls in types):
-            return NotImplemented
-        result = operation(*args, **(kwargs or {}))
+    def see(self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = operation(*args, **kwargs)
         if "c10d" in operation.namespace:
             kind = next((kind for part, kind in _KINDS.items() if part in operation.__name__), None)
             if kind is not None:
-                arguments = [*args, *(kwargs or {}).values()]
+                arguments = [*args, *kwargs.values()]
                 self._record(kind, arguments, result)
         return result
 

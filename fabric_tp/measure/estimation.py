@@ -18,6 +18,7 @@ from fabric_tp.loss import cross_entropy
 from fabric_tp.measure.communication import Collective
 from fabric_tp.measure.layers import FEW, with_few_layers
 from fabric_tp.measure.memory import KINDS, Kind, Memory
+from fabric_tp.measure.operations import extended
 from fabric_tp.measure.step import CountedStep, NotAlike, count_step, default_dtype
 from fabric_tp.mesh import fake_mesh, fake_tensors
 from fabric_tp.parallelize import Parallelize, litgpt
@@ -42,6 +43,8 @@ class Estimate(CountedStep):
     precision: Precision
     least: dict[str, int]
     """The limit of a formula for each kind; ``least_memory`` in ``architectures/litgpt/memory.py``."""
+    model_flops: int
+    """Floating-point operations of the model in one micro-batch of all ranks; ``architectures/litgpt/flops.py``."""
     parallelize: Parallelize
 
     @property
@@ -128,11 +131,13 @@ def estimate(
     """
     _check_arguments(precision, data_parallel_size=data_parallel_size, micro_batch_size=micro_batch_size)
     from fabric_tp.architectures.litgpt.config import load_config, meta_model
+    from fabric_tp.architectures.litgpt.flops import model_flops
 
     config = load_config(model)
     batch = (micro_batch_size, sequence_length or config.block_size)
     mixed: dict[str, Any] = {"mixed_precision": "bf16-mixed"} if precision == "bf16-mixed" else {}
-    parallelize = replace(parallelize or litgpt(), compile=False, **mixed)
+    given = replace(parallelize or litgpt(), **mixed)
+    parallelize = replace(given, compile=False)
     whole = meta_model(config)
     parallelize.check(whole, tensor_parallel_size=tensor_parallel_size)
     sizes = {"tensor_parallel_size": tensor_parallel_size, "data_parallel_size": data_parallel_size}
@@ -145,7 +150,8 @@ def estimate(
         step = _extended(*steps, times=config.n_layer - FEW)
     except NotAlike:
         step = _count(config, parallelize, sizes, batch, precision, config.n_layer)
-    return Estimate(**vars(step), model=config.name, **shape, least=least, parallelize=parallelize)
+    flops = model_flops(whole, batch[0] * batch[1] * data_parallel_size, batch[1])
+    return Estimate(**vars(step), model=config.name, **shape, least=least, model_flops=flops, parallelize=given)
 
 
 def _extended(*steps: CountedStep, times: int) -> CountedStep:
@@ -154,14 +160,15 @@ def _extended(*steps: CountedStep, times: int) -> CountedStep:
     Raises:
         NotAlike: There are not two, or they differ in something else.
     """
-    if len(steps) < 2 or len(steps[0].collectives) != len(steps[1].collectives):
+    if len(steps) < 2:
         raise NotAlike
     one, other = steps[0].memory, steps[1].memory
-    collectives = []
-    for few, more in zip(*(step.collectives for step in steps), strict=True):
-        if replace(few, nbytes=more.nbytes) != more:
-            raise NotAlike
-        collectives.append(replace(few, nbytes=few.nbytes + times * (more.nbytes - few.nbytes)))
+    try:
+        few, more = (step.collectives for step in steps)
+        collectives = tuple(each.extended(other, times) for each, other in zip(few, more, strict=True))
+        events = extended(steps[0].events, steps[1].events, times)
+    except ValueError as error:
+        raise NotAlike from error
     if one.phase != other.phase:
         raise NotAlike
 
@@ -170,7 +177,7 @@ def _extended(*steps: CountedStep, times: int) -> CountedStep:
 
     at_peak = grown(one.at_peak, other.at_peak)
     memory = Memory(sum(at_peak.values()), one.phase, at_peak, grown(one.most, other.most))
-    return CountedStep(memory, tuple(collectives))
+    return CountedStep(memory, collectives, events)
 
 
 def _check_arguments(precision: str, **sizes: int) -> None:

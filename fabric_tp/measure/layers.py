@@ -12,13 +12,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fabric_tp.measure.communication import CollectiveCounter
 from fabric_tp.measure.memory import Kind, MemoryTracker
+from fabric_tp.measure.operations import Operation, OperationRecorder
 
 if TYPE_CHECKING:
     from litgpt import Config
@@ -60,12 +61,19 @@ class Blocks:
         blocks: In the order of the forward.
         tracker: Records bytes.
         counter: Records collectives.
+        recorder: Records operations.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], tracker: MemoryTracker, counter: CollectiveCounter) -> None:
-        self._blocks, self._tracker, self._counter = blocks, tracker, counter
-        self._forward: dict[int, tuple[int, int]] = {}
-        self._backward: dict[int, tuple[int, int]] = {}
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        tracker: MemoryTracker,
+        counter: CollectiveCounter,
+        recorder: OperationRecorder,
+    ) -> None:
+        self._blocks, self._tracker, self._counter, self._recorder = blocks, tracker, counter, recorder
+        self._forward: dict[int, _Place] = {}
+        self._backward: dict[int, _Place] = {}
         self._hooks = [hook for index, block in enumerate(blocks) for hook in self._watch(index, block)]
 
     def _watch(self, index: int, block: nn.Module) -> tuple[Any, ...]:
@@ -83,8 +91,8 @@ class Blocks:
 
         return block.register_forward_pre_hook(enter), block.register_forward_hook(leave)
 
-    def _now(self) -> tuple[int, int]:
-        return self._tracker.recorded, len(self._counter.collectives)
+    def _now(self) -> _Place:
+        return _Place(self._tracker.recorded, len(self._counter.collectives), len(self._recorder.events))
 
     def restart(self) -> None:
         self._forward.clear()
@@ -112,14 +120,28 @@ class Blocks:
         for one, other in (forward, backward):
             if self._bytes(*one) != self._bytes(*other) or self._collectives(*one) != self._collectives(*other):
                 return False
+            if self._operations(*one) != self._operations(*other):
+                return False
         for start, end in (backward[1], forward[1]):  # what is inserted later comes earlier
-            self._tracker.insert(end[0], self._tracker.record(start[0], end[0]) * times)
-            self._counter.collectives[end[1] : end[1]] = self._collectives(start, end) * times
+            self._tracker.insert(end.change, self._tracker.record(start.change, end.change) * times)
+            self._counter.collectives[end.collective : end.collective] = self._collectives(start, end) * times
+            self._recorder.events[end.event : end.event] = self._recorder.events[start.event : end.event] * times
         self._tracker.insert_before({kind: size * times for kind, size in always.items()})
         return True
 
-    def _bytes(self, start: tuple[int, int], end: tuple[int, int]) -> list[tuple[Kind, int]]:
-        return [(storage.kind, change) for storage, change in self._tracker.record(start[0], end[0])]
+    def _bytes(self, start: _Place, end: _Place) -> list[tuple[Kind, int]]:
+        return [(storage.kind, change) for storage, change in self._tracker.record(start.change, end.change)]
 
-    def _collectives(self, start: tuple[int, int], end: tuple[int, int]) -> list[Any]:
-        return self._counter.collectives[start[1] : end[1]]
+    def _collectives(self, start: _Place, end: _Place) -> list[Any]:
+        return self._counter.collectives[start.collective : end.collective]
+
+    def _operations(self, start: _Place, end: _Place) -> list[Operation]:
+        return [each for each in self._recorder.events[start.event : end.event] if isinstance(each, Operation)]
+
+
+class _Place(NamedTuple):
+    """How much had been recorded."""
+
+    change: int
+    collective: int
+    event: int

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
-from fabric_tp._torch import FakeTensor, TorchDispatchMode
+from fabric_tp._torch import FakeTensor, OperationMode
 
 Kind = Literal[
     "parameters",
@@ -62,7 +62,7 @@ Change = tuple[_Storage, int]
 """Bytes that a storage has more than before."""
 
 
-class MemoryTracker(TorchDispatchMode):
+class MemoryTracker(OperationMode):
     """Counts the bytes of all tensors that operations make within this context, each storage once.
 
     Works on real tensors and, entered within a ``FakeTensorMode``, on fake ones. Memory that an operation takes and
@@ -89,19 +89,19 @@ class MemoryTracker(TorchDispatchMode):
         super().__enter__()
         return self
 
-    def __torch_dispatch__(
-        self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if any(cls not in (Tensor, nn.Parameter, FakeTensor) for cls in types):
-            return NotImplemented  # a DTensor and the like: its own operations on plain tensors come here
-        result = operation(*args, **(kwargs or {}))
+    def see(self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = operation(*args, **kwargs)
         self._look_at_gathered()
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._see(leaf, self.made)
         if operation.namespace in _COLLECTIVE_NAMESPACES:
-            self._see_buffers(result, (kwargs or {}).get("out"))
+            self._see_buffers(result, kwargs.get("out"))
         return result
+
+    def storage(self, tensor: Tensor) -> object:
+        """The same for all tensors that share this one's memory, as long as any of them lives."""
+        return self._see(tensor, self.made)
 
     def mark(self, kind: Kind, tensors: Iterable[Tensor | None]) -> None:
         """Say what these tensors are for, whenever they were made. Of a DTensor, its local tensor is meant."""

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from fabric_tp.measure.communication import Collective, CollectiveCounter
 from fabric_tp.measure.layers import COMPARED, Blocks
 from fabric_tp.measure.memory import Kind, Memory, MemoryTracker
+from fabric_tp.measure.operations import Event, OperationRecorder
 from fabric_tp.strategy.optimizer import local
 from fabric_tp.styles.quantized import quantized_weights
 
@@ -26,6 +27,8 @@ class CountedStep:
 
     memory: Memory
     collectives: tuple[Collective, ...]
+    events: tuple[Event, ...]
+    """What is computed and where collectives are waited for, in order; for :func:`fabric_tp.measure.schedule`."""
 
     def sent(self, axis: str | None = None) -> int:
         """Bytes that the rank sends over one dimension of the mesh, or over all."""
@@ -47,7 +50,7 @@ def count_step(
     blocks: Sequence[nn.Module] = (),
     missing: int = 0,
 ) -> CountedStep:
-    """Count the memory and the collectives of one rank in the second of two training steps.
+    """Count memory, collectives and operations of one rank in the second of two training steps.
 
     Args:
         model: With its parameters where they will be; it is trained.
@@ -67,16 +70,21 @@ def count_step(
     Raises:
         NotAlike: Blocks did not do the same.
     """
-    with CollectiveCounter(mesh) as counter, MemoryTracker() as tracker:
+    with (
+        CollectiveCounter(mesh) as counter,
+        MemoryTracker() as tracker,
+        OperationRecorder(counter, tracker) as recorder,
+    ):
         tracker.mark("buffers", [*model.buffers(), *batch])
         tracker.mark("parameters", model.parameters())
         tracker.mark("parameters", (each for weight in quantized_weights(model).values() for each in weight.tensors()))
         watch = _Phases(tracker, counter)
-        counted = Blocks(blocks, tracker, counter)
+        counted = Blocks(blocks, tracker, counter, recorder)
         hooks = [lm_head.register_forward_pre_hook(watch.enter_lm_head)] if lm_head is not None else []
         for whole in (warm_up, True):
             tracker.restart()
             counter.collectives.clear()
+            recorder.restart()
             counted.restart()
             if whole:
                 _forward_and_backward(compute_output, compute_loss, watch)
@@ -90,9 +98,10 @@ def count_step(
         for hook in hooks:
             hook.remove()
         counted.remove()
+        recorder.finish()
         if missing and not counted.repeat(missing, _always(blocks[COMPARED[1]], optimizer)):
             raise NotAlike
-        return CountedStep(tracker.memory(), tuple(counter.collectives))
+        return CountedStep(tracker.memory(), tuple(counter.collectives), tuple(recorder.events))
 
 
 class NotAlike(Exception):

@@ -163,6 +163,7 @@ class Operations(TorchDispatchMode):
         "mm": "product",
         "addmm_": "product",
         "all_gather_into_tensor": "gather",
+        "_allgather_base_": "gather",  # on the CPU
         "reduce_scatter_tensor": "sum",
         "all_reduce": "sum",
         "wait_tensor": "wait",
@@ -186,5 +187,6 @@ class Operations(TorchDispatchMode):
         result = operation(*args, **(kwargs or {}))
         if name:
             self.names.append(name)
-            self._results.append(StorageWeakRef(result.untyped_storage()))
+            made = args[0] if name == "gather" and not isinstance(result, Tensor) else result
+            self._results.append(StorageWeakRef(made.untyped_storage()))
         return result

@@ -12,7 +12,9 @@ import fabric_tp
 from fabric_tp.architectures.litgpt.config import load_config, meta_model, with_adapters
 from fabric_tp.measure import estimation
 from fabric_tp.measure.estimation import estimate
+from fabric_tp.measure.hardware import CARDS
 from fabric_tp.measure.layers import FEW, with_few_layers
+from fabric_tp.measure.schedule import schedule
 from tests.models import litgpt_config
 
 LAYERS = 9
@@ -44,6 +46,9 @@ def test_is_what_all_blocks_need(case, adapted) -> None:
     with mock.patch.object(estimation, "with_few_layers", return_value=None):
         expected = estimate(config, fabric_tp.litgpt(**options), **sizes)
     assert Counter(found.collectives) == Counter(expected.collectives)
+    times = [schedule(each.events, CARDS["h100"], {"data_parallel": tensor}) for each in (found, expected)]
+    assert times[0].seconds == pytest.approx(times[1].seconds, rel=1e-3)
+    assert times[0].flops == times[1].flops
     assert found.memory.phase == expected.memory.phase
     assert found.memory.peak == pytest.approx(expected.memory.peak, rel=1e-3)  # scalars of the clipping
     assert found.memory.at_peak == pytest.approx(expected.memory.at_peak, rel=1e-2, abs=100)

@@ -160,14 +160,17 @@ def test_resume_auto_continues_the_same_losses(folder: Path, base: Path, adapted
 def test_a_quantized_base_learns_nearly_as_well(
     folder: Path, base: Path, adapted: tuple[Path, str], quantized: Path
 ) -> None:
-    """On another mesh after a resume as well; and the base comes out as it was."""
+    """On another mesh after a resume as well; and the base comes out as it was.
+
+    The tiny base is narrower than a block of 64 weights on each of two ranks: its rounded values depend on the mesh.
+    """
     torch.testing.assert_close(losses(quantized), losses(adapted[0]), rtol=0.02, atol=0)
     assert not torch.equal(losses(quantized), losses(adapted[0]))
     out_dir = folder / "resumed-quantized"
     shutil.copytree(quantized, out_dir, ignore=shutil.ignore_patterns("final", f"step-{STEPS:08d}"))
     given = finetune_options(base, out_dir, *LORA, "--quantize", "bnb.nf4", "--resume", "auto")
     run_ranks(1, given, "finetune")
-    torch.testing.assert_close(losses(out_dir), losses(quantized), rtol=1e-3, atol=0)
+    torch.testing.assert_close(losses(out_dir), losses(quantized), rtol=3e-3, atol=0)
     here, before = (load(each / "lit_model.pth") for each in (quantized / "final", base))
     unchanged = [key for key in before if not key.endswith(("qkv.weight", "proj.weight", "fc_1.weight", "fc_2.weight"))]
     assert all(torch.equal(here[key], before[key]) for key in unchanged)
