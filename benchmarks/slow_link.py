@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fabric_tp._torch import OperationMode
@@ -38,10 +39,11 @@ class SlowLink(OperationMode):
         elif len(self._counter.collectives) > issued:
             sent = self._counter.collectives[-1].sent
             self._free = max(self._free, time.perf_counter()) + sent / self._bandwidth
-            if operation.namespace != "_c10d_functional":  # waited for at once
+            if operation.namespace == "c10d" and "allgather" not in operation.__name__:  # waited for at once
                 time.sleep(max(0.0, self._free - time.perf_counter()))
             else:
-                self._arrives[result.untyped_storage()._cdata] = self._free
+                made = result if isinstance(result, Tensor) else args[0]
+                self._arrives[made.untyped_storage()._cdata] = self._free
         return result
 
 

@@ -89,14 +89,17 @@ def traceable_gather(x: Tensor, group: Group, padding: int = 0, dim: int = SEQUE
     return start_gather(x, dim, group.size, group.name, padding, start)()
 
 
-def reduce_scatter(x: Tensor, group: Group, dim: int = SEQUENCE_DIM) -> Tensor:
-    """Partial sums ``(b, s, n)`` on each rank -> this rank's shard ``(b, s/t, n)`` of their sum."""
+def reduce_scatter(x: Tensor, group: Group, dim: int = SEQUENCE_DIM, then: Callable[[], None] | None = None) -> Tensor:
+    """Partial sums ``(b, s, n)`` on each rank -> this rank's shard ``(b, s/t, n)`` of their sum.
+
+    ``then`` is called in the backward when the gradient has been gathered, and the link is free.
+    """
     dim %= x.dim()
     if current_half() and group.size > 1:
         ways: Any = {"dim": dim, "size": group.size, "name": group.name}
         padding = rows_to_fill(x.shape[dim], group.size)
-        return exchanged(x, partial(start_reduce_scatter, **ways), partial(start_gather, padding=padding, **ways))
-    return x if group.size == 1 else _ReduceScatter.apply(x, dim, group.size, group.name)
+        return exchanged(x, partial(start_reduce_scatter, **ways), partial(start_gather, padding=padding, **ways), then)
+    return x if group.size == 1 else _ReduceScatter.apply(x, dim, group.size, group.name, then)
 
 
 def gather_replicated(x: Tensor, group: Group, dim: int = -1, padding: int = 0) -> Tensor:
@@ -178,13 +181,17 @@ class _Gather(Function):
 
 class _ReduceScatter(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, size: int, name: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dim: int, size: int, name: str, then: Callable[[], None] | None) -> Tensor:
         ctx.dim, ctx.size, ctx.name, ctx.padding = dim, size, name, rows_to_fill(x.shape[dim], size)
+        ctx.then = then
         return start_reduce_scatter(x, dim, size, name)()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return start_gather(grad, ctx.dim, ctx.size, ctx.name, ctx.padding)(), None, None, None
+        gathered = start_gather(grad, ctx.dim, ctx.size, ctx.name, ctx.padding)()
+        if ctx.then:
+            ctx.then()
+        return gathered, None, None, None, None
 
 
 class _GatherReplicated(Function):

@@ -118,8 +118,8 @@ def take_turns(function: Callable[[int], Result], sizes: Sequence[int]) -> list[
 class Exchange:
     """A collective of the forward and its conjugate in the backward, each issued by one node and awaited by another."""
 
-    def __init__(self, forward: Start | None, backward: Start | None) -> None:
-        self.forward, self.backward = forward, backward
+    def __init__(self, forward: Start | None, backward: Start | None, then: Callable[[], None] | None = None) -> None:
+        self.forward, self.backward, self.then = forward, backward, then
         self.pending: Callable[[], Tensor] | None = None
 
     def issue(self, start: Start | None, x: Tensor) -> None:
@@ -131,15 +131,18 @@ class Exchange:
         return pending()
 
 
-def exchanged(x: Tensor, forward: Start | None, backward: Start | None) -> Tensor:
+def exchanged(
+    x: Tensor, forward: Start | None, backward: Start | None, then: Callable[[], None] | None = None
+) -> Tensor:
     """The result of a collective, during which the other half goes on.
 
     Args:
         x: ``(...)``.
         forward: Issues it; None: the result is ``x``.
         backward: Issues that of the gradient; None: it is the gradient of ``x`` as it is.
+        then: Is called in the backward when the gradient is there.
     """
-    exchange = Exchange(forward, backward)
+    exchange = Exchange(forward, backward, then)
     x = Issue.apply(x, exchange)
     give_way()
     return _Await.apply(x, exchange)
@@ -162,7 +165,12 @@ class Issue(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
-        return None if grad is None else ctx.exchange.wait(), None
+        if grad is None:
+            return None, None
+        arrived = ctx.exchange.wait()
+        if ctx.exchange.then:
+            ctx.exchange.then()
+        return arrived, None
 
 
 class _Await(Function):

@@ -51,7 +51,9 @@ What holds, each with a test of its name:
 11. *Gradients have their tensors' dtypes.* Products are in that of ``dy``, lower than those of e and W under autocast.
     Parts of G are added up in e's; autograd casts the gradient of W.
 12. *There are no second derivatives.* Sums and gathers are not in the graph: ``create_graph=True`` is refused.
-13. *The compiler sees plain operators* and neither function: it decides by itself what is recomputed, and when.
+13. *The gather may begin early*: what sums the layers' outputs over the ranks starts it when that sum's gradient is
+    there, if this backward comes to ``Enter`` (test_shared_input.py). ``Enter`` waits for one that no layer took.
+14. *The compiler sees plain operators* and neither function: it decides by itself what is recomputed, and when.
 """
 
 from __future__ import annotations

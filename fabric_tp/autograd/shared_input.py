@@ -5,7 +5,9 @@ See ``linear.py``, whose table and list are about both.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -54,6 +56,31 @@ def enter(x: Tensor, group: Group, *, sequence: bool, padding: int = 0, dim: int
         x = Issue.apply(x, turn)
         give_way()
     return Enter.apply(x, group, sequence, padding, dim, producer, turn)
+
+
+def gather_early() -> Callable[[], None] | None:
+    """To be called in the forward by what sums the outputs of the layers that took the last input; and what it returns,
+    in the backward, when the gradient of that sum is there.
+
+    Then nothing is on the way, and the input is gathered beside all that is computed until its layers need it. It is
+    called once for an input, and keeps the node of one that would live anyway.
+    """
+    entered, node = _entered.get(), None
+    if entered is not None:
+        _entered.set(None)
+        node = entered()
+    return None if node is None else partial(_begin_to_gather, node)
+
+
+_entered: ContextVar[weakref.ref[Any] | None] = ContextVar("entered", default=None)
+"""The node of the last input that was gathered, by this half of the batch if they take turns."""
+
+
+def _begin_to_gather(node: Any) -> None:
+    shared = node.shared_input
+    shared.begin()
+    if shared.readers and shared.input is None and _torch.comes_to(node):
+        shared.input = start_input(node)
 
 
 class SharedInput:
@@ -106,6 +133,7 @@ class Enter(Recomputable):
         if not sequence:
             entered = x.view_as(x)
         else:
+            _entered.set(weakref.ref(ctx))
             entered = turn.wait() if turn else start_gather(x, dim, group.size, group.name, padding)()
         ctx.version = entered._version
         return entered
@@ -120,6 +148,8 @@ class Enter(Recomputable):
         let_go(ctx)
         shared = ctx.shared_input
         shared.begin()
+        if shared.input is not None:  # nor did all need it
+            shared.input()
         if shared.grad is not None:  # not all the layers that took the input were in this backward
             grad = shared.grad if grad is None else shared.grad.add_(grad)
         sums = [each for each in (shared.sum, None if grad is None else start_sum(ctx, grad)) if each]

@@ -18,11 +18,12 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from fabric_tp.autograd.collectives import SEQUENCE_DIM, Layout, gather, reduce, reduce_scatter
 from fabric_tp.autograd.kept_reductions import reduction
-from fabric_tp.autograd.shared_input import enter
+from fabric_tp.autograd.shared_input import enter, gather_early
 from fabric_tp.styles.style import Parallelized
 
 
@@ -86,7 +87,8 @@ def leave_sharded(this: Parallelized, y: Tensor, layout: Layout | None) -> Tenso
 
 def summed(this: Parallelized, y: Tensor, layout: Layout | None, takes_rows: bool = False) -> Tensor:
     if layout == "sequence":
-        return reduce_scatter(y, this.group, sequence_dim(y, takes_rows))
+        then = None if torch.compiler.is_compiling() else gather_early()
+        return reduce_scatter(y, this.group, sequence_dim(y, takes_rows), then)
     return reduce(y, this.group) if layout == "replicate" else y
 
 
