@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,7 +49,7 @@ from fabric_tp.measure.step import count_step
 from fabric_tp.mesh import fake_mesh, fake_tensors
 
 PLAIN, OVERLAP = "fabric_tp", "fabric_tp, overlap"
-OPTIONS = {PLAIN: {}, OVERLAP: {"overlap": True}}
+OPTIONS: dict[str, dict[str, Any]] = {PLAIN: {}, OVERLAP: {"overlap": True}}
 WAYS = (PLAIN, OVERLAP, "torch's styles", "Transformers")
 NAMESPACES, CABLE, ADDRESSES, PORT = ("link-0", "link-1"), ("cable-0", "cable-1"), ("10.78.0.1", "10.78.0.2"), "29561"
 RANK, ADDRESS, FOLDER = "FABRIC_TP_LINK_RANK", "FABRIC_TP_LINK_ADDRESS", "FABRIC_TP_LINK_FOLDER"

@@ -57,7 +57,8 @@ def start_all_gather(x: Tensor, group_size: int, group_name: str) -> Tensor:
     if torch.compiler.is_compiling() or x.device.type != "cpu" or is_fake(x):
         return torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), group_size, group_name)
     gathered = x.new_empty((group_size * x.shape[0], *x.shape[1:]))
-    work = _resolve_process_group(group_name)._allgather_base(gathered, x.contiguous())
+    group = _resolve_process_group(group_name)  # type: ignore[arg-type]
+    work = group._allgather_base(gathered, x.contiguous())
     _register_work(gathered, work)
     return gathered
 

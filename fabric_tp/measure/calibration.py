@@ -90,11 +90,9 @@ def measure_rank(device: torch.device) -> Hardware:
 
 def _attained_in_a_step(hardware: Hardware, device: torch.device) -> float:
     """What a whole step attains of the rates that operations have alone, one after the other on warm caches."""
-    from fabric_tp.architectures.litgpt.config import load_config, make_model
+    from fabric_tp.architectures.litgpt.config import make_model, yardstick
 
-    config = load_config("Llama-3-8B")
-    for name, size in MODELS[device.type].items():
-        setattr(config, name, size)
+    config = yardstick(device.type)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     with device, default_dtype(dtype):
         model = make_model(config)

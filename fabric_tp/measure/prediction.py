@@ -86,7 +86,7 @@ def predict(estimate: Estimate, hardware: str | Path | Hardware) -> Prediction:
     Example::
 
         found = fabric_tp.estimate("Llama-3-8B", fabric_tp.litgpt(compile=True), tensor_parallel_size=8)
-        print(fabric_tp.predict(found, "h100"))
+        print(fabric_tp.measure.predict(found, "h100"))
     """
     known = load_hardware(hardware)
     strides = {TENSOR_PARALLEL: 1, DATA_PARALLEL: estimate.tensor_parallel_size}

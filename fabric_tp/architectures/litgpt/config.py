@@ -56,6 +56,15 @@ def meta_model(config: Config) -> GPT:
         return make_model(config)
 
 
+def yardstick(device_type: str) -> Config:
+    """Of a model whose step tells what a device attains: four blocks of Llama-3-8B, narrower for a CPU."""
+    config = Config.from_name("Llama-3-8B", n_layer=4)
+    if device_type == "cpu":
+        small = {"n_embd": 512, "n_head": 8, "n_query_groups": 4, "head_size": 64, "intermediate_size": 1408}
+        config = Config.from_name("Llama-3-8B", n_layer=4, padded_vocab_size=2048, block_size=512, **small)
+    return config
+
+
 def model_for_length(config: Config, length: int) -> GPT:
     """A model whose rotary tables are for so many tokens, and in fp32, where Fabric leaves them."""
     model = make_model(config)
