@@ -21,21 +21,6 @@ from fabric_tp.measure.operations import Work, record
 from fabric_tp.measure.schedule import schedule
 from fabric_tp.measure.step import default_dtype
 
-MODELS: dict[str, dict[str, int]] = {
-    "cpu": {
-        "n_layer": 4,
-        "n_embd": 512,
-        "n_head": 8,
-        "n_query_groups": 4,
-        "head_size": 64,
-        "rope_n_elem": 64,
-        "intermediate_size": 1408,
-        "padded_vocab_size": 2048,
-        "block_size": 512,
-    },
-    "cuda": {"n_layer": 4},
-}
-"""By device: fields of a config that are not Llama-3-8B's."""
 ROUNDS, CHAIN = 20, 50
 SIZES = {"cpu": (512, 2**19, 2**18), "cuda": (8192, 2**28, 2**26)}
 """By device: rows of a square product; numbers of a tensor that is read, and of one that is gathered. Such as models
