@@ -34,7 +34,10 @@ def shard_over_data_parallel(
         # The last block is needed first in the backward: freeing it in between would gather it twice in a row.
         shard(block, reshard_after_forward=options.reshard_after_forward and block is not blocks[-1])
     for end in ends:
-        shard(end, reshard_after_forward=False)
+        looks_up = all(isinstance(module, nn.Embedding) for module in end)
+        shard(end, reshard_after_forward=looks_up)
+        if looks_up:  # its backward needs no weight, which is gathered for a moment of the forward only
+            end[0].set_unshard_in_backward(False)  # type: ignore[operator]
     shard(model, reshard_after_forward=False)
 
 

@@ -57,8 +57,8 @@ def overlap_halves(block: nn.Module) -> None:
 def _batch(args: Sequence[Any], kwargs: dict[str, Any]) -> int | None:
     """How many samples the block is given; None if they cannot be halved.
 
-    Its first tensor has them. Another one of two dimensions, whose first is as long, may be positions or a mask for
-    each sample, ``(b, s)``, or one for all, ``(s, s)``: where b is s, nobody knows.
+    Its first tensor has them. Another one whose first dimension is as long may have something for each sample, ``(b,)``
+    or ``(b, s)``, or be positions or a mask for all, ``(s,)`` or ``(s, s)``: where b is s, nobody knows.
     """
     leaves = tree_flatten((args, kwargs))[0]
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -73,13 +73,15 @@ def _batch(args: Sequence[Any], kwargs: dict[str, Any]) -> int | None:
     if not tensors or tensors[0].dim() < 2 or len(tensors[0]) < 2:
         return None
     batch = len(tensors[0])
-    unclear = any(_may_have_samples(tensor) and tensor.shape[:2] == (batch, batch) for tensor in tensors[1:])
+    others_like_it = [tensor.shape[:2] for tensor in tensors[1:] if _may_have_samples(tensor)]
+    unclear = (batch, batch) in others_like_it or ((batch,) in others_like_it and batch in tensors[0].shape[1:])
     return None if unclear else batch
 
 
 def _may_have_samples(tensor: Tensor) -> bool:
     """Tables of positions, ``(s, d)``, are of floating point."""
-    return tensor.dim() > 2 or (tensor.dim() == 2 and not tensor.is_floating_point() and not tensor.is_complex())
+    is_table = tensor.dim() == 2 and (tensor.is_floating_point() or tensor.is_complex())
+    return tensor.dim() > 0 and not is_table
 
 
 def _part(arguments: Any, batch: int, first: int, size: int) -> Any:

@@ -209,6 +209,30 @@ def test_results_of_the_whole_batch_are_refused(pool) -> None:
     assert "returns a object" in pool(2)(of_the_whole_batch, 2)
 
 
+class Shifted(nn.Linear):
+    """Given something for each sample, or for each token, beside its input."""
+
+    def forward(self, x: Tensor, by: Tensor) -> Tensor:
+        self.seen = [*getattr(self, "seen", []), tuple(by.shape)]
+        return super().forward(x) + (by[:, None, None] if len(by) == len(x) else by[:, None])
+
+
+def shifted(batch: int, length: int, by: int) -> list[tuple[int, ...]]:
+    torch.manual_seed(0)
+    model = Shifted(8, 8)
+    x, shift = torch.randn(batch, length, 8), torch.arange(by) * 1.0
+    expected = model(x, shift)
+    fabric_tp.from_plan({"": fabric_tp.styles.Replicated("replicate")}, overlap=True)(model, mesh(1, 2))
+    torch.testing.assert_close(model(x, shift), expected)
+    return model.seen[1:]
+
+
+def test_numbers_of_samples_are_halved_and_those_of_tokens_are_not(pool) -> None:
+    assert pool(2)(shifted, 4, 3, 4) == [(2,), (2,)]
+    assert pool(2)(shifted, 4, 3, 3) == [(3,), (3,)]
+    assert pool(2)(shifted, 3, 3, 3) == [(3,)]  # nobody knows: a whole batch
+
+
 def with_cache() -> tuple[list[str], float]:
     model = small_causal("llama")
     model.config.use_cache = True
