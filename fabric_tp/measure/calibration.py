@@ -46,7 +46,13 @@ def _measure(fabric: L.Fabric) -> str:
 
 
 def measure_rank(device: torch.device) -> Hardware:
-    """What one rank can do while all ranks of the default process group, if there is one, do the same."""
+    """What one rank can do while all ranks of the default process group, if there is one, do the same.
+
+    Raises:
+        ValueError: The device is neither a CPU nor a GPU of CUDA's kind.
+    """
+    if device.type not in SIZES:
+        raise ValueError(f"What a device of type {device.type} can do is not measured; only {' and '.join(SIZES)} are.")
     rows, numbers, gathered = SIZES[device.type]
     flops = {name: _product_rate(device, rows, getattr(torch, name)) for name in ("float32", "bfloat16")}
     x = torch.randn(numbers, device=device)

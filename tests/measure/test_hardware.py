@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fabric_tp.measure import CARDS, Hardware, Link, load_hardware
-from fabric_tp.measure.calibration import measure_hardware, with_bandwidth
+from fabric_tp.measure.calibration import measure_hardware, measure_rank, with_bandwidth
 from fabric_tp.measure.communication import Collective
 
 H100 = CARDS["h100"]
@@ -66,6 +66,11 @@ def test_what_is_here_is_measured() -> None:
     assert 0 < found.kernel < 1e-2
     assert 0 < found.shares["attention"] <= 1
     assert with_bandwidth(found, 5.0).inside.bandwidth == 5.0
+
+
+def test_other_devices_are_not_measured() -> None:
+    with pytest.raises(ValueError, match="device of type mps can do is not measured; only cpu and cuda are"):
+        measure_rank(torch.device("mps"))
 
 
 @pytest.mark.sweep
