@@ -84,6 +84,7 @@ def estimate(
     parallelize = fabric_tp.litgpt(mixed_precision=None, **options)
     layers = {"query": lora_query, "key": lora_key, "value": lora_value, "projection": lora_projection}
     layers |= {"mlp": lora_mlp, "head": lora_head}
+    devices = tensor_parallel_size * data_parallel_size
     config, known = load_config(model), load_hardware(hardware) if hardware else None
     if lora:
         config = with_adapters(config, lora_r=lora_r, **{f"lora_{layer}": given for layer, given in layers.items()})
@@ -96,17 +97,9 @@ def estimate(
         shared |= {"tensor_parallel_size": tensor_parallel_size, "data_parallel_size": data_parallel_size}
         found = [fabric_tp.estimate(config, parallelize, **shared)]
     else:
-        devices = tensor_parallel_size * data_parallel_size
         found = cheapest(_fitting(config, parallelize, fit, devices, max_tensor_parallel_size, shared))
     times = fastest(predict(each, known) for each in found) if known else []
-    if fit is None:
-        print(*found, *times, sep="\n")
-    elif not found:
-        print(NOTHING_FITS.format(devices=devices, card=fit))
-    elif times:
-        print(table_of_predictions(times, devices))
-    else:
-        print(table_of_estimates(found, f"{devices} devices of {fit}"))
+    print(*found, *times, sep="\n") if fit is None else print(_list(found, times, devices, fit))
     _write(json, times or found)
 
 
@@ -145,7 +138,7 @@ def plan(
         precision=precision,
     )
     found = fastest(_progress(ways))
-    print(table_of_predictions(found[:top], devices) if found else NOTHING_FITS.format(devices=devices, card=hardware))
+    print(_list([each.estimate for each in found], found[:top], devices, hardware))
     _write(json, found)
 
 
@@ -222,6 +215,12 @@ def _fitting(
     return _progress(
         fit(config, parallelize, memory=memory, devices=devices, max_tensor_parallel_size=largest, **shared)
     )
+
+
+def _list(found: Sequence[Estimate], times: Sequence[Prediction], devices: int, card: str) -> str:
+    if not found:
+        return NOTHING_FITS.format(devices=devices, card=card)
+    return table_of_predictions(times, devices) if times else table_of_estimates(found, f"{devices} devices of {card}")
 
 
 def _progress(ways: Iterable[Way]) -> Iterable[Way]:

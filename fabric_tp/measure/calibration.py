@@ -80,7 +80,8 @@ def measure_rank(device: torch.device) -> Hardware:
 
 
 def _attained_in_a_step(hardware: Hardware, device: torch.device) -> float:
-    """What a whole step attains of the rates that operations have alone, one after the other on warm caches."""
+    """What a whole step attains of the rates that operations have alone, one after the other on warm caches; 1 at most,
+    where something else disturbed these."""
     from fabric_tp.architectures.litgpt.config import make_model, yardstick
 
     config = yardstick(device.type)
@@ -93,7 +94,7 @@ def _attained_in_a_step(hardware: Hardware, device: torch.device) -> float:
         cross_entropy(model(tokens), tokens).backward()
 
     step()
-    return schedule(record(step), hardware, {}).seconds / _seconds(step, device)
+    return min(1.0, schedule(record(step), hardware, {}).seconds / _seconds(step, device))
 
 
 def with_bandwidth(hardware: Hardware, bandwidth: float) -> Hardware:

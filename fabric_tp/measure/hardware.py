@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,42 +113,33 @@ def parse_hardware(text: str) -> Hardware:
 
 GIB = 2**30
 
+_H100 = Hardware(
+    name="H100 SXM 80 GB",
+    flops={"bfloat16": 989e12, "float32": 67e12},
+    bandwidth=3.35e12,
+    memory=80 * GIB,
+    devices=8,
+    inside=Link(450e9, **_NVLINK),
+    outside=Link(50e9, **_NETWORK),
+)
 CARDS: dict[str, Hardware] = {
-    "a100": Hardware(
+    "a100": replace(
+        _H100,
         name="A100 SXM 80 GB",
         flops={"bfloat16": 312e12, "float32": 19.5e12},
         bandwidth=2.039e12,
-        memory=80 * GIB,
-        devices=8,
         inside=Link(300e9, **_NVLINK),
         outside=Link(25e9, **_NETWORK),
     ),
-    "h100": Hardware(
-        name="H100 SXM 80 GB",
-        flops={"bfloat16": 989e12, "float32": 67e12},
-        bandwidth=3.35e12,
-        memory=80 * GIB,
-        devices=8,
-        inside=Link(450e9, **_NVLINK),
-        outside=Link(50e9, **_NETWORK),
-    ),
-    "h200": Hardware(
-        name="H200 SXM 141 GB",
-        flops={"bfloat16": 989e12, "float32": 67e12},
-        bandwidth=4.8e12,
-        memory=141 * 10**9,
-        devices=8,
-        inside=Link(450e9, **_NVLINK),
-        outside=Link(50e9, **_NETWORK),
-    ),
-    "b200": Hardware(
+    "h100": _H100,
+    "h200": replace(_H100, name="H200 SXM 141 GB", bandwidth=4.8e12, memory=141 * 10**9),
+    "b200": replace(
+        _H100,
         name="B200 SXM 180 GB",
         flops={"bfloat16": 2250e12, "float32": 75e12},
         bandwidth=7.7e12,
         memory=180 * 10**9,
-        devices=8,
         inside=Link(900e9, **_NVLINK),
-        outside=Link(50e9, **_NETWORK),
     ),
 }
 """NVIDIA's data sheets, dense rates without sparsity; machines of eight cards with NVLink and a network card each, of
