@@ -12,6 +12,8 @@ from litgpt import GPT, Config, lora
 from litgpt.utils import save_config
 from model import TINY_LLAMA_3, make_model
 
+import fabric_tp
+
 TINY_SEED = 42
 
 
@@ -48,8 +50,9 @@ def make_tiny_checkpoint(directory: Path) -> Path:
         config = Config(**TINY_LLAMA_3)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(TINY_SEED)
-            torch.save(GPT(config).state_dict(), unfinished / "lit_model.pth")
+            torch.save((model := GPT(config)).state_dict(), unfinished / "lit_model.pth")
         save_config(config, unfinished)
+        fabric_tp.checkpoint.huggingface.save_config(model, unfinished)
         unfinished.chmod(0o755)  # mkdtemp's directories are closed to others
         os.rename(unfinished, directory)
     except OSError:

@@ -87,6 +87,7 @@ def save_final(fabric: L.Fabric, job: Job, model: nn.Module) -> None:
         fabric_tp.checkpoint.litgpt.save(model, unfinished / "lit_model.pth")
         if fabric.is_global_zero:
             save_beside(job, unfinished, command_line)
+            fabric_tp.checkpoint.huggingface.save_config(model, unfinished)
 
 
 def save_beside(job: Job, folder: Path, command_line: Callable[[], Any], **changes: object) -> None:

@@ -105,6 +105,7 @@ def save_final(fabric: L.Fabric, job: Job, model: nn.Module) -> None:
         if fabric.is_global_zero:
             # litgpt merge_lora finds the checkpoint that adapters belong to by this.
             save_beside(job, unfinished, command_line, checkpoint_dir=args.initial_checkpoint_dir.resolve())
+            fabric_tp.checkpoint.huggingface.save_config(model, unfinished)
 
 
 def print_answer(fabric: L.Fabric, job: Job, batches: Batches, model: nn.Module) -> None:

@@ -34,7 +34,7 @@ ROOMS = (
 LEAN = ("architectures.lean", "architectures.litgpt.lean")
 """What descriptions name as text, and nothing in architectures imports: it computes."""
 
-NO_DESCRIPTIONS = ("lean", "small", "config", "memory", "flops", "cache", "hub")
+NO_DESCRIPTIONS = ("lean", "small", "config", "memory", "flops", "cache", "hub", "llama_config")
 """Other files in architectures."""
 
 LIBRARIES = ("litgpt", "transformers")

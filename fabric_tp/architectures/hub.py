@@ -37,7 +37,7 @@ class HubNames:
     tied: tuple[str, str] | None = None
     """Two of the model's tensors, of which the hub has the second only where they are equal; its config says so."""
     save_config: Callable[[Path], None] | None = None
-    """Writes what else a directory needs; None where another directory must give it."""
+    """Writes the config into a directory that may have another's; None where another's is needed."""
 
     def is_ignored(self, name: str) -> bool:
         return any(re.search(pattern, name) for pattern in self.ignored)

@@ -131,7 +131,7 @@ def save(
         model: As for :func:`load`.
         directory: Where to; what else lies there stays.
         like: A directory of the same kind of model, whose config and tokenizer are copied. A Transformers model has a
-            config of its own, and ``litgpt.GPT`` has none of the hub's.
+            config of its own, and for a ``litgpt.GPT`` that is a Llama one is made.
         max_shard_size: Of a file: bytes, or text such as ``"5GB"``.
 
     Raises:
@@ -145,7 +145,8 @@ def save(
     if names.save_config is None and not (like and (Path(like) / CONFIG).is_file()):
         raise ValueError(
             f"like={like and str(like)!r} must be a directory with a {CONFIG}, such as that from which the model came:"
-            f" a {type(unwrapped(model)).__name__} has no config of Transformers' to write."
+            f" a {type(unwrapped(model)).__name__} has no config of Transformers' to write, unless it is litgpt's and a"
+            " Llama."
         )
     if any(map(is_adapters, wholes)):
         _check_merged(unwrapped(model), wholes)
@@ -211,12 +212,26 @@ def _equal(one: Whole, other: Whole) -> bool:
     return bool(same)
 
 
+def save_config(model: nn.Module, directory: str | Path) -> None:
+    """Write ``config.json`` into a directory of litgpt that has none, where it is known: for a Llama.
+
+    ``litgpt evaluate``, for one, needs it. One process should call it.
+
+    Args:
+        model: A ``litgpt.GPT``, parallelized or not.
+        directory: Which holds, or will hold, its ``lit_model.pth``.
+    """
+    names = hub_names(unwrapped(model))
+    if names.save_config:
+        names.save_config(Path(directory))
+
+
 def write_config(names: HubNames, directory: Path, like: str | Path | None, tied: bool) -> None:
     """All that a directory of the hub has beside weights."""
-    if names.save_config:
-        names.save_config(directory)
     if like:
         copy_other_files(Path(like), directory)
+    if names.save_config:
+        names.save_config(directory)
     if names.tied:
         config = json.loads((directory / CONFIG).read_text())
         (directory / CONFIG).write_text(json.dumps(config | {"tie_word_embeddings": tied}, indent=2) + "\n")

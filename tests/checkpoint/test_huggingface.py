@@ -21,7 +21,7 @@ from fabric_tp.checkpoint.files import Files
 from fabric_tp.parallelize.expected import first_tensor
 from fabric_tp.random.initial import initialize
 from fabric_tp.testing.ranks import mesh
-from fabric_tp.testing.small import causal_types, small_causal, small_inputs
+from fabric_tp.testing.small import causal_types, small_causal, small_config, small_inputs
 from tests.checkpoint.shared_families import FAMILIES, config_of, download, transformers_model
 
 MESHES = [(1, 2), (2, 2), (1, 4)]
@@ -129,8 +129,44 @@ def test_a_bf16_checkpoint_as_bin_files(tmp_path) -> None:
     model = changed(GPT(config_of("Llama-3-8B")).bfloat16())
     huggingface.load(model, tmp_path)
     assert torch.equal(model.lm_head.weight, whole.lm_head.weight)
+
+
+ADJUSTED = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMAS = ("Llama-3-8B", "Llama-3.1-8B", "LLaMA-2-7B-32K", "Mistral-7B-v0.3", "SmolLM2-135M", "open_llama_3b")
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_a_llama_needs_no_config_of_another_directory(tmp_path, name) -> None:
+    """Rotary tables that are stretched, heads of a size of their own; more tokens than Llama 3.1's was made for."""
+    import transformers
+
+    scaling = {"rope_adjustments": {**ADJUSTED, "original_max_seq_len": 16}} if name == "Llama-3.1-8B" else {}
+    torch.manual_seed(0)
+    model = GPT(small_config(name, head_size=16, block_size=128, **scaling))
+    huggingface.save(model, tmp_path / "hub")
+    again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hub", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    tokens = torch.randint(90, (2, 100))
+    with torch.no_grad():
+        expected, logits = model(tokens), again(tokens).logits
+    assert (logits - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["pythia-14m", "Mixtral-8x7B-v0.1", "Qwen2.5-0.5B", "Mistral-7B-v0.1", "Gemma-2b"])
+def test_others_do(tmp_path, name) -> None:
+    model = GPT(small_config(name))
     with pytest.raises(ValueError, match=r"like=None must be a directory with a config.json"):
         huggingface.save(model, tmp_path / "again")
+    huggingface.save_config(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_config_of_another_directory_stays(tmp_path) -> None:
+    (tmp_path / "like").mkdir()
+    (tmp_path / "like" / "config.json").write_text('{"of": "another"}')
+    huggingface.save(GPT(small_config("Llama-3-8B")), tmp_path / "hub", like=tmp_path / "like")
+    assert json.loads((tmp_path / "hub" / "config.json").read_text())["of"] == "another"
 
 
 def test_a_head_that_is_no_longer_the_embedding_is_written(tmp_path) -> None:

@@ -110,7 +110,7 @@ def test_output(adapted: tuple[Path, str]) -> None:
 
 def test_final_directories_hold_what_litgpts_do(full: Path, adapted: tuple[Path, str]) -> None:
     names = {"lit_model.pth", "model_config.yaml", "hyperparameters.yaml", "prompt_style.yaml"}
-    names |= {"tokenizer.json", "tokenizer_config.json"}
+    names |= {"tokenizer.json", "tokenizer_config.json", "config.json"}
     assert {path.name for path in (full / "final").iterdir()} == names
     assert {path.name for path in (adapted[0] / "final").iterdir()} == names | {"lit_model.pth.lora"}
     for final in (full / "final", adapted[0] / "final"):

@@ -103,7 +103,7 @@ def test_litgpt_generates_from_the_final_directory(run_1x2: tuple[Path, str], tm
     final = run_1x2[0] / "final"
     assert {path.name for path in final.iterdir()} == {
         *("lit_model.pth", "model_config.yaml", "hyperparameters.yaml", "prompt_style.yaml"),
-        *("tokenizer.json", "tokenizer_config.json"),
+        *("tokenizer.json", "tokenizer_config.json", "config.json"),
     }
     command = ["litgpt", "generate", str(final), "--prompt", "def ", "--max_new_tokens", "8"]
     assert "\ndef " in finish([start(command, tmp_path / "output")])

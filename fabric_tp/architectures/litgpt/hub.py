@@ -16,13 +16,16 @@ from litgpt.utils import incremental_save, save_config
 from torch import Tensor, nn
 
 from fabric_tp.architectures.hub import HubNames, Tensors
+from fabric_tp.architectures.litgpt.llama_config import is_llama, save_llama_config
 
 EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
 
 
 def litgpt_names(model: nn.Module) -> HubNames:
     config: Any = model.config
-    return HubNames(partial(_to_model, config), partial(_to_hub, config), tied=(HEAD, EMBEDDING))
+    is_known = _family(config) == "llama" and is_llama(config)
+    save = partial(save_llama_config, config) if is_known else None
+    return HubNames(partial(_to_model, config), partial(_to_hub, config), tied=(HEAD, EMBEDDING), save_config=save)
 
 
 def _family(config: Config) -> str:
