@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,10 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily as unset_fake_t
 from torch.distributed._composable import checkpoint as checkpoint  # composable: leaves parameter names alone
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+from torch.distributed.tensor.placement_types import Placement
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes
@@ -48,6 +52,27 @@ def forget_meshes() -> None:
     _clear_sharding_prop_cache()
 
 
+def local_tensor(x: DTensor) -> Tensor:
+    """What this rank has of it, itself and not a view."""
+    return x._local_tensor
+
+
+def layout(x: DTensor) -> DTensorSpec:
+    """Mesh, placements, shape, strides and dtype."""
+    return x._spec
+
+
+def with_layout(local: Tensor, like: DTensorSpec, placements: tuple[Placement, ...]) -> DTensor:
+    """A DTensor of which ``local`` is this rank's part. ``local`` has the strides that the layout gives it."""
+    if torch.is_grad_enabled():  # for second derivatives
+        meta = like.tensor_meta
+        assert meta is not None
+        return DTensor.from_local(local, like.mesh, placements, run_check=False, shape=meta.shape, stride=meta.stride)
+    same = placements == like.placements
+    spec = copy.copy(like) if same else DTensorSpec(like.mesh, placements, tensor_meta=like.tensor_meta)
+    return DTensor.__new__(DTensor, local, spec, requires_grad=False)  # whose __init__ does nothing
+
+
 def start_all_gather(x: Tensor, group_size: int, group_name: str) -> Tensor:
     """As :func:`all_gather`; the result is there after :func:`wait`. Functional, so that the compiler can trace it.
 
@@ -55,7 +80,7 @@ def start_all_gather(x: Tensor, group_size: int, group_name: str) -> Tensor:
     written (torch 2.13; a program with four of them in flight, and nothing else, ends within seconds).
     """
     if torch.compiler.is_compiling() or x.device.type != "cpu" or is_fake(x):
-        return torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), group_size, group_name)
+        return _issue(torch.ops._c10d_functional.all_gather_into_tensor.default, x.contiguous(), group_size, group_name)
     gathered = x.new_empty((group_size * x.shape[0], *x.shape[1:]))
     group = _resolve_process_group(group_name)  # type: ignore[arg-type]
     work = group._allgather_base(gathered, x.contiguous())
@@ -70,12 +95,14 @@ def start_differentiable_all_gather(x: Tensor, group_size: int, group_name: str)
 
 def start_reduce_scatter(x: Tensor, group_size: int, group_name: str) -> Tensor:
     """As :func:`reduce_scatter`; the result is there after :func:`wait`."""
-    return torch.ops._c10d_functional.reduce_scatter_tensor(x.contiguous(), "sum", group_size, group_name)
+    return _issue(
+        torch.ops._c10d_functional.reduce_scatter_tensor.default, x.contiguous(), "sum", group_size, group_name
+    )
 
 
 def start_all_reduce(x: Tensor, group_name: str, op: str = "sum") -> Tensor:
     """As :func:`all_reduce`; the result is there after :func:`wait`."""
-    return torch.ops._c10d_functional.all_reduce(x.contiguous(), op, group_name)
+    return _issue(torch.ops._c10d_functional.all_reduce.default, x.contiguous(), op, group_name)
 
 
 def all_to_all(x: Tensor, received: list[int], sent: list[int], group_name: str) -> Tensor:
@@ -84,7 +111,15 @@ def all_to_all(x: Tensor, received: list[int], sent: list[int], group_name: str)
 
 
 def wait(x: Tensor) -> Tensor:
-    return torch.ops._c10d_functional.wait_tensor(x)
+    return _issue(torch.ops._c10d_functional.wait_tensor.default, x)
+
+
+def _issue(operator: Any, *args: Any) -> Tensor:
+    """Call an operator that has no gradient, below autograd, where torch would do something in Python for each."""
+    if torch.compiler.is_compiling():
+        return operator(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
 
 
 def all_gather(x: Tensor, group_size: int, group_name: str) -> Tensor:

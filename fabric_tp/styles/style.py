@@ -17,6 +17,7 @@ from torch.distributed.tensor.placement_types import Placement
 from fabric_tp.architectures.linear import Storage, storage
 from fabric_tp.autograd.collectives import Group
 from fabric_tp.autograd.linear import linear
+from fabric_tp.autograd.local import local_part
 from fabric_tp.autograd.padding import Padding
 from fabric_tp.styles.heads import Heads
 from fabric_tp.styles.parameters import distribute_parameter
@@ -117,7 +118,7 @@ class LocalModule(nn.Module):
         """This rank's part of a parameter, or what stands in its place already."""
         if not isinstance(parameter, DTensor):
             return parameter
-        return parameter.to_local(grad_placements=self.parallelized.grad_placements[name])
+        return local_part(parameter, self.parallelized.grad_placements[name])
 
     def holders(self) -> dict[str, nn.Module]:
         """The modules that hold the parameters, by what the names of these begin with."""

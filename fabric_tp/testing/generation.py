@@ -57,17 +57,26 @@ def compare_generated(
     """On each rank of a mesh of these sizes; rank 0 returns it."""
     *several, long = prompts((*LENGTHS, LONG))
     model = parallelize_fn(build_model(), mesh(*sizes))
-    parallel = [*generate(model, several, NEW, temperature=0), generate(model, long, NEW, temperature=0)]
+    batches = [several, [long]]
+    try:
+        parallel = _continued(model, batches)
+    except ValueError:  # a model that takes no mask
+        batches = [[prompt] for prompt in (*several, long)]
+        parallel = _continued(model, batches)
     if dist.get_rank():
         return None
     alone, own, error = build_model().eval(), list[Tensor](), ""
     whole = [_without_cache(alone, prompt) for prompt in (*several, long)]
     try:
-        own += own_generate(alone, several, NEW)
-        own += own_generate(alone, [long], NEW)
+        for batch in batches:
+            own += own_generate(alone, batch, NEW)
     except Exception as raised:
         error = f"{type(raised).__name__}: {raised}".splitlines()[0]
     return Generated(_lists(parallel), _lists(whole), _lists(own), error)
+
+
+def _continued(model: nn.Module, batches: list[list[Tensor]]) -> list[Tensor]:
+    return [tokens for batch in batches for tokens in generate(model, batch, NEW, temperature=0)]
 
 
 def _lists(continued: list[Tensor]) -> list[list[int]]:

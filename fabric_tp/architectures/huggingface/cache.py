@@ -11,6 +11,10 @@ from torch import Tensor, nn
 
 from fabric_tp.architectures.cache import Cache, refuse_static
 
+CANNOT_CACHE = ("cpmant", "xlstm")
+"""Types whose own ``generate``, in Transformers 5.3, ends in an error unless it computes the whole sequence each time:
+one adds positions of fewer tokens than it has keys, the other has a state of another shape than its forward takes."""
+
 NAMES = ("past_key_values", "cache_params", "state")
 """What models may call their cache."""
 
@@ -31,7 +35,7 @@ class TransformersCache(Cache):
     def prefill(self) -> tuple[Tensor, Tensor]:
         self.tokens = _filled_on_the_left(self.prompts)
         mask = _filled_on_the_left([torch.ones_like(prompt) for prompt in self.prompts])
-        self.state: dict[str, Any] = {"use_cache": True}
+        self.state: dict[str, Any] = {"use_cache": can_cache(self.model)}
         if "attention_mask" in self.takes:
             self.state["attention_mask"] = mask
         if "position_ids" in self.takes:
@@ -55,6 +59,10 @@ class TransformersCache(Cache):
         # Not public, but what models override: cache, mask and positions for the next token.
         self.state = model._update_model_kwargs_for_generation(output, self.state)
         return output.logits, torch.full_like(self.lengths, output.logits.shape[1] - 1)
+
+
+def can_cache(model: Any) -> bool:
+    return model.config.model_type not in CANNOT_CACHE
 
 
 def _filled_on_the_left(rows: Sequence[Tensor]) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fabric_tp.architectures.huggingface.cache import can_cache
 from fabric_tp.architectures.small import HIDDEN, LENGTH, VOCABULARY, WINDOW
 
 TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -168,9 +170,9 @@ def own_generate(model: nn.Module, prompts: list[Tensor], max_new_tokens: int) -
         nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
         for rows in (prompts, [torch.ones_like(prompt) for prompt in prompts])
     )
-    continued = own.generate(
-        tokens, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True
-    )
+    masked = {"attention_mask": mask} if "attention_mask" in inspect.signature(own.forward).parameters else {}
+    caches = can_cache(model)
+    continued = own.generate(tokens, **masked, max_new_tokens=max_new_tokens, do_sample=False, use_cache=caches)
     longest = tokens.shape[1]
     return [row[longest - len(prompt) :] for row, prompt in zip(continued, prompts, strict=True)]
 
