@@ -52,14 +52,9 @@ def forget_meshes() -> None:
     _clear_sharding_prop_cache()
 
 
-def local_tensor(x: DTensor) -> Tensor:
-    """What this rank has of it, itself and not a view."""
-    return x._local_tensor
-
-
-def layout(x: DTensor) -> DTensorSpec:
-    """Mesh, placements, shape, strides and dtype."""
-    return x._spec
+def local_and_layout(x: DTensor) -> tuple[Tensor, DTensorSpec]:
+    """What this rank has, itself and not a view; and mesh, placements, shape, strides and dtype of the whole."""
+    return x._local_tensor, x._spec
 
 
 def with_layout(local: Tensor, like: DTensorSpec, placements: tuple[Placement, ...]) -> DTensor:
@@ -80,7 +75,7 @@ def start_all_gather(x: Tensor, group_size: int, group_name: str) -> Tensor:
     written (torch 2.13; a program with four of them in flight, and nothing else, ends within seconds).
     """
     if torch.compiler.is_compiling() or x.device.type != "cpu" or is_fake(x):
-        return _issue(torch.ops._c10d_functional.all_gather_into_tensor.default, x.contiguous(), group_size, group_name)
+        return _issue(ALL_GATHER, x.contiguous(), group_size, group_name)
     gathered = x.new_empty((group_size * x.shape[0], *x.shape[1:]))
     group = _resolve_process_group(group_name)  # type: ignore[arg-type]
     work = group._allgather_base(gathered, x.contiguous())
@@ -90,7 +85,7 @@ def start_all_gather(x: Tensor, group_size: int, group_name: str) -> Tensor:
 
 def start_differentiable_all_gather(x: Tensor, group_size: int, group_name: str) -> Tensor:
     """As :func:`start_all_gather`; its gradient is the reduce-scatter of the output's."""
-    return torch.ops._c10d_functional_autograd.all_gather_into_tensor(x.contiguous(), group_size, group_name)
+    return DIFFERENTIABLE_ALL_GATHER(x.contiguous(), group_size, group_name)
 
 
 def start_reduce_scatter(x: Tensor, group_size: int, group_name: str) -> Tensor:
@@ -137,10 +132,46 @@ def all_reduce(x: Tensor, group_name: str, op: str = "sum") -> Tensor:
     return wait(start_all_reduce(x, group_name, op))
 
 
+ALL_GATHER = torch.ops._c10d_functional.all_gather_into_tensor.default
+DIFFERENTIABLE_ALL_GATHER = torch.ops._c10d_functional_autograd.all_gather_into_tensor.default
 COLLECTIVE_RESULTS = (
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     torch.ops._c10d_functional.all_reduce.default,
 )
+
+
+def enable_symmetric_memory(group_name: str) -> None:
+    """Let the ranks of a group of CUDA devices read and write each other's memory; they agree when they first do."""
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    enable_symm_mem_for_group(group_name)  # type: ignore[arg-type]
+
+
+def fused_operators() -> tuple[Any, Any]:
+    """A gather and the products after it, and a product and the reduce-scatter after it, each as one."""
+    import torch.distributed._symmetric_memory  # defines them
+
+    return torch.ops.symm_mem.fused_all_gather_matmul.default, torch.ops.symm_mem.fused_matmul_reduce_scatter.default
+
+
+def fuse_collectives(graph: torch.fx.Graph) -> None:
+    from torch._inductor.fx_passes.micro_pipeline_tp import micro_pipeline_tp_pass
+
+    micro_pipeline_tp_pass(graph)
+
+
+def graph_pass(change: Callable[[torch.fx.Graph], None]) -> Any:
+    """What the compiler calls with each graph, which it then never takes from what it has on disk."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class Pass(CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            change(graph)
+
+        def uuid(self) -> None:
+            return None
+
+    return Pass()
 
 
 def after_backward(callback: Callable[[], None]) -> None:
@@ -172,27 +203,6 @@ def comes_to(node: Any) -> bool:
 def is_watched(x: Tensor) -> bool:
     """Whether somebody is to see the gradient of ``x``: a hook, or :meth:`torch.Tensor.retain_grad`."""
     return bool(x._backward_hooks) or x.retains_grad
-
-
-def activation_backward(name: str, grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient of ``x``, from that of ``silu(x)``, ``gelu(x)`` or ``gelu(x, approximate="tanh")``."""
-    if name == "silu":
-        return torch.ops.aten.silu_backward(grad, x)
-    return torch.ops.aten.gelu_backward(grad, x, approximate="tanh" if name == "gelu_tanh" else "none")
-
-
-def layer_norm_backward(
-    grad: Tensor,
-    x: Tensor,
-    shape: tuple[int, ...],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    needed: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of ``x``, ``weight`` and ``bias``, of those ``needed``."""
-    _, mean, inverse = torch.ops.aten.native_layer_norm(x, shape, weight, bias, eps)
-    return torch.ops.aten.native_layer_norm_backward(grad, x, shape, mean, inverse, weight, bias, needed)
 
 
 def flash_attention_takes_groups(q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fabric_tp import _torch
 from fabric_tp.autograd.recompute import Recomputable, recomputed_by_compiler, release, saved
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
@@ -55,7 +54,7 @@ class _Activated(Recomputable):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _torch.activation_backward(ctx.activation, grad, *release(ctx)), None
+        return _activation_backward(ctx.activation, grad, *release(ctx)), None
 
 
 class _Gated(Recomputable):
@@ -74,8 +73,15 @@ class _Gated(Recomputable):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = release(ctx)
         up_grad = ACTIVATIONS[ctx.activation](gate).mul_(grad)
-        return _torch.activation_backward(ctx.activation, grad * up, gate), up_grad, None
+        return _activation_backward(ctx.activation, grad * up, gate), up_grad, None
 
 
 def _gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     return ACTIVATIONS[activation](gate) * up
+
+
+def _activation_backward(name: str, grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of ``x``, from that of ``silu(x)``, ``gelu(x)`` or ``gelu(x, approximate="tanh")``."""
+    if name == "silu":
+        return torch.ops.aten.silu_backward(grad, x)
+    return torch.ops.aten.gelu_backward(grad, x, approximate="tanh" if name == "gelu_tanh" else "none")

@@ -28,8 +28,8 @@ class _LocalPart(Function):
     @staticmethod
     def forward(ctx: Any, parameter: DTensor, grad_placements: Sequence[Placement]) -> Tensor:
         ctx.set_materialize_grads(False)
-        local = _torch.local_tensor(parameter)
-        ctx.layout, ctx.placements, ctx.stride = _torch.layout(parameter), tuple(grad_placements), local.stride()
+        local, ctx.layout = _torch.local_and_layout(parameter)
+        ctx.placements, ctx.stride = tuple(grad_placements), local.stride()
         return local.view_as(local)
 
     @staticmethod

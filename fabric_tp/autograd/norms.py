@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fabric_tp import _torch
 from fabric_tp.autograd.recompute import Recomputable, release, saved
 
 
@@ -116,5 +115,19 @@ class _LayerNorm(Recomputable):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = release(ctx)
         needed = ctx.needs_input_grad[:3]
-        grads = _torch.layer_norm_backward(grad, x.to(ctx.dtype), ctx.shape, weight, bias, ctx.eps, needed)
+        grads = _layer_norm_backward(grad, x.to(ctx.dtype), ctx.shape, weight, bias, ctx.eps, needed)
         return (None if grads[0] is None else grads[0].to(x.dtype)), *grads[1:], None, None
+
+
+def _layer_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    shape: tuple[int, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    needed: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of ``x``, ``weight`` and ``bias``, of those ``needed``."""
+    _, mean, inverse = torch.ops.aten.native_layer_norm(x, shape, weight, bias, eps)
+    return torch.ops.aten.native_layer_norm_backward(grad, x, shape, mean, inverse, weight, bias, needed)

@@ -106,7 +106,8 @@ def estimate(
     Rank 0 of the mesh runs a real step (forward, loss, backward, clipping, fused AdamW) on fake tensors with
     collectives that go nowhere, with the optimizer's state of an earlier step. What an operation takes and gives back
     within itself, and what the allocator wastes, is not in it. Blocks are counted as if they were not compiled:
-    compiled ones keep as much, and without sequence parallelism also outputs of norms. Experts get equally many tokens.
+    compiled ones keep as much, and without sequence parallelism also outputs of norms, and with ``overlap`` their
+    collectives are counted as without it. Experts get equally many tokens.
     Of blocks that are all alike a few run, and the others are counted as these.
 
     Args:
@@ -137,7 +138,7 @@ def estimate(
     batch = (micro_batch_size, sequence_length or config.block_size)
     mixed: dict[str, Any] = {"mixed_precision": "bf16-mixed"} if precision == "bf16-mixed" else {}
     given = replace(parallelize or litgpt(), **mixed)
-    parallelize = replace(given, compile=False)
+    parallelize = replace(given, compile=False, overlap=given.overlap and not given.compile)
     whole = meta_model(config)
     parallelize.check(whole, tensor_parallel_size=tensor_parallel_size)
     sizes = {"tensor_parallel_size": tensor_parallel_size, "data_parallel_size": data_parallel_size}

@@ -8,24 +8,28 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from fabric_tp import _torch
+from fabric_tp.autograd.collectives import Group
 from fabric_tp.autograd.kept_reductions import kept_reductions
 from fabric_tp.autograd.padding import Padding
 from fabric_tp.parallelize.compiled import compile_block
+from fabric_tp.parallelize.fused_collectives import fused_collectives
 from fabric_tp.parallelize.options import BlockOptions
 from fabric_tp.parallelize.overlapped import overlap_halves
 from fabric_tp.styles.style import LocalModule
 
 
-def checkpoint_or_compile(blocks: Iterable[nn.Module], options: BlockOptions) -> None:
+def checkpoint_or_compile(blocks: Iterable[nn.Module], options: BlockOptions, mesh: DeviceMesh) -> None:
     """Let each block be computed again in the backward, or be compiled, as the options say."""
+    how = fused_collectives(Group.of(mesh), mesh.device_type) if options.overlap and options.compile else {}
     for block in blocks:
-        if options.overlap:
+        if options.overlap and not options.compile:
             overlap_halves(block)
         if options.compile:
-            compile_block(block, POLICIES[options.activation_checkpointing])
+            compile_block(block, POLICIES[options.activation_checkpointing], how)
         elif options.activation_checkpointing != "none":
             _torch.checkpoint(block, context_fn=partial(CONTEXTS[options.activation_checkpointing], _padding(block)))
 

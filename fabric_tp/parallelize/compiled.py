@@ -31,11 +31,14 @@ class _CompiledBlock(nn.Module):
             put_back(held)
 
 
-def compile_block(block: nn.Module, policy: Callable[..., CheckpointPolicy] | None = None) -> None:
+def compile_block(
+    block: nn.Module, policy: Callable[..., CheckpointPolicy] | None = None, options: dict[str, Any] | None = None
+) -> None:
     """Compile the forward of a block.
 
     Args:
         policy: Of each operator: whether its result is kept for the backward. By default the compiler decides.
+        options: Of ``torch.compile``.
     """
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -52,7 +55,7 @@ def compile_block(block: nn.Module, policy: Callable[..., CheckpointPolicy] | No
     if policy is not None:
         _torch.silence_compiler_on_checkpoints()
     block.__class__ = mixed(_CompiledBlock, type(block))
-    block.compiled = torch.compile(forward)  # type: ignore[assignment]
+    block.compiled = torch.compile(forward, options=options or None)  # type: ignore[assignment]
 
 
 def own_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:

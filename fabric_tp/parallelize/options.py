@@ -32,7 +32,10 @@ class BlockOptions:
     overlap: bool = False
     """In training, compute each block's batch in two halves that take turns: one computes while the collectives of the
     other run. For where ranks wait for each other much of the time: many ranks, short layers, slow links. Each half has
-    half as much to compute at once, and there are twice as many operations. A batch of one sample stays whole."""
+    half as much to compute at once, and there are twice as many operations. A batch of one sample stays whole. With
+    ``compile`` the batch is not halved: the compiler orders collectives to run beside other operations, and between
+    CUDA devices of a machine makes those of the forward one operator with a product (asynchronous tensor parallelism,
+    by symmetric memory); a warning says so if it could not."""
     quantize: Quantization | None = None
     """``"bnb.nf4"`` or ``"bnb.fp4"``: keep the frozen weights of the blocks' linear layers in four bits a number
     (QLoRA), each rank its part, which FSDP2 does not split further. Needs bitsandbytes. A model on the meta device gets
@@ -40,8 +43,6 @@ class BlockOptions:
 
     def __post_init__(self) -> None:
         _check_choice("activation_checkpointing", self.activation_checkpointing, ("none", "full", "selective"))
-        if self.overlap and self.compile:
-            raise ValueError("overlap=True and compile=True exclude each other: the compiler orders a block by itself.")
         _check_choice("quantize", self.quantize, (None, *get_args(Quantization)))
         if not isinstance(self.mixed_precision, MixedPrecisionPolicy):
             _check_choice("mixed_precision", self.mixed_precision, (None, "bf16-mixed"))

@@ -78,7 +78,7 @@ class ParallelizeByPlan(BlockOptions):
             _divide(model, derived, mesh)
         if self.quantize:
             quantize(derived.blocks or [model], self.quantize, computed_dtype(self))
-        checkpoint_or_compile(derived.blocks or [model], self)
+        checkpoint_or_compile(derived.blocks or [model], self, mesh)
         shard_over_data_parallel(model, derived.blocks, derived.ends, _data_parallel(device_mesh), self)
         if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
             initialize(model, device, shared_seed(device_mesh))

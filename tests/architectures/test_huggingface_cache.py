@@ -13,12 +13,12 @@ from fabric_tp.testing.generation import Generated, compare_generated
 from fabric_tp.testing.small import OWN_GENERATE, small_causal
 
 CORE = ["mistral", "gpt2", "qwen3_next"]
-TYPES = ["llama", "gemma3_text", "deepseek_v3", "gpt_oss", "bloom", "bamba", "mamba2", "opt"]
+TYPES = ["llama", "gemma3_text", "deepseek_v3", "gpt_oss", "bloom", "bamba", "mamba2", "opt", "cpmant", "xlstm"]
 """Sliding windows; learned positions; linear attention and its states; and others."""
 
 
 def compared(pool, model_type: str, sizes: tuple[int, int], forgets: bool = False) -> Generated:
-    parallelize_fn = fabric_tp.auto(replicate_attention=model_type in ("qwen3_next", "bamba", "mamba2"))
+    parallelize_fn = fabric_tp.auto(replicate_attention=model_type in ("qwen3_next", "bamba", "mamba2", "xlstm"))
     build = partial(small_causal, model_type)
     return pool(sizes[0] * sizes[1])(on_rank, forgets, build, parallelize_fn, OWN_GENERATE["huggingface"], sizes)
 

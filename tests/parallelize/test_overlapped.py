@@ -248,8 +248,3 @@ def test_blocks_that_are_given_a_cache_compute_whole_batches(pool) -> None:
     warned, difference = pool(2)(with_cache)
     assert any("given a DynamicCache" in message and "use_cache=False" in message for message in warned)
     assert difference < 2e-5
-
-
-def test_refused() -> None:
-    with pytest.raises(ValueError, match="compile=True exclude each other"):
-        fabric_tp.litgpt(overlap=True, compile=True)
