@@ -57,7 +57,7 @@ def measure_rank(device: torch.device) -> Hardware:
     flops = {name: _product_rate(device, rows, getattr(torch, name)) for name in ("float32", "bfloat16")}
     x = torch.randn(numbers, device=device)
     bandwidth = 3 * 4 * numbers / _seconds(lambda: x + x, device)  # into new memory, as in a step
-    fixed, link = _link(device, gathered)
+    fixed, link, adding = _link(device, gathered)
     shares: dict[Work, float] = {
         "products": 1.0,
         "attention": min(1.0, _attention_rate(device) / flops["float32" if device.type == "cpu" else "bfloat16"]),
@@ -74,6 +74,8 @@ def measure_rank(device: torch.device) -> Hardware:
         shares=shares,
         kernel=_seconds(lambda: _train_little(device), device) / (2 * CHAIN),
         collective=fixed,
+        adding=adding,
+        processor=link.bandwidth if device.type == "cpu" else None,
     )
     attained = _attained_in_a_step(hardware, device)
     return replace(hardware, shares={work: share * attained for work, share in hardware.shares.items()})
@@ -146,14 +148,14 @@ def _attention_rate(device: torch.device) -> float:
     return executed / _seconds(lambda: scaled_dot_product_attention(q, k, v, is_causal=True), device)
 
 
-def _link(device: torch.device, numbers: int) -> tuple[float, Link]:
-    """Seconds of a gather of next to nothing, and the link by which a large one takes longer.
+def _link(device: torch.device, numbers: int) -> tuple[float, Link, float]:
+    """Seconds of a gather of next to nothing, the link by which a large one takes longer, and what a sum attains of it.
 
     Each between products: ranks that come from one are not there at the same moment, and on a CPU the collective's
     threads must be woken.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return 0.0, Link(float("1e15"), 1.0, 0.0)
+        return 0.0, Link(float("1e15"), 1.0, 0.0), 1.0
     size, rows = dist.get_world_size(), SIZES[device.type][0]
     a, b = (torch.randn(rows, rows, device=device) for _ in range(2))
 
@@ -167,9 +169,14 @@ def _link(device: torch.device, numbers: int) -> tuple[float, Link]:
         parts = [torch.empty_like(x) for _ in range(size)]
         return _seconds(lambda: (product(), dist.all_gather(parts, x)), device) - alone
 
+    def add(count: int) -> float:
+        x, part = torch.zeros(size * count, device=device), torch.empty(count, device=device)
+        return _seconds(lambda: (product(), dist.reduce_scatter_tensor(part, x)), device) - alone
+
     small = max(gather(16), 1e-7)
-    large = max(gather(numbers), 2 * small)
-    return small, Link(4 * numbers * (size - 1) / (large - small), 1.0, 0.0)
+    large, summed = (max(run(numbers), 2 * small) for run in (gather, add))
+    bandwidth = 4 * numbers * (size - 1) / (large - small)
+    return small, Link(bandwidth, 1.0, 0.0), min(1.0, (large - small) / (summed - small))
 
 
 def _memory(device: torch.device) -> int:

@@ -62,6 +62,11 @@ class Hardware:
     """Seconds to start an operation."""
     collective: float = 1.5e-5
     """Seconds to start a collective."""
+    adding: float = 1.0
+    """Of a link's bandwidth, what collectives attain that add up, against one that only gathers."""
+    processor: float | None = None
+    """Bytes a second at which a device's own processor moves what it sends, and computes nothing else meanwhile, as a
+    CPU does; None where other parts do that."""
 
     def seconds(self, operation: Operation, fused: bool = False) -> float:
         """That an operation takes."""
@@ -99,7 +104,20 @@ class Hardware:
     def collective_seconds(self, collective: Collective, stride: int) -> float:
         link = self.link(stride, collective.size)
         steps = (collective.size - 1) * (2 if collective.kind == "all-reduce" else 1)
-        return self.collective + steps * link.latency + collective.sent / (link.bandwidth * link.share)
+        return (
+            self.collective
+            + steps * link.latency
+            + collective.sent / (link.bandwidth * link.share * self._adding(collective))
+        )
+
+    def processor_seconds(self, collective: Collective) -> float:
+        """For which a collective keeps the device from computing."""
+        if self.processor is None:
+            return 0.0
+        return self.collective + collective.sent / (self.processor * self._adding(collective))
+
+    def _adding(self, collective: Collective) -> float:
+        return self.adding if collective.kind in ("reduce-scatter", "all-reduce") else 1.0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"

@@ -49,15 +49,26 @@ def schedule(
     return _Run(hardware, strides, compiled).run(events)
 
 
+@dataclass(frozen=True)
+class _Running:
+    """A collective that was issued."""
+
+    axis: str
+    end: float
+    seconds: float
+    processor: float
+    """Seconds for which the device would compute nothing."""
+
+
 class _Run:
     def __init__(self, hardware: Hardware, strides: Mapping[str, int], compiled: bool) -> None:
         self._hardware, self._strides, self._compiled = hardware, strides, compiled
         self._now = 0.0
         self._free: dict[str, float] = {}
         """When the link of each axis has nothing more to do."""
-        self._ends: dict[int, tuple[str, float]] = {}
-        self._gathers: deque[tuple[str, float]] = deque()
-        self._reductions: deque[tuple[str, float]] = deque()
+        self._ends: dict[int, _Running] = {}
+        self._gathers: deque[_Running] = deque()
+        self._reductions: deque[_Running] = deque()
         self._gathers_from = 0.0
         self._busy: dict[str, float] = {}
         self._time = StepTime()
@@ -96,28 +107,34 @@ class _Run:
         end = max(ready, self._free.get(axis, 0.0)) + seconds
         self._free[axis] = end
         self._add(self._busy, axis, seconds)
+        running = _Running(axis, end, seconds, self._hardware.processor_seconds(collective))
         if issue.number is not None:
-            self._ends[issue.number] = (axis, end)
+            self._ends[issue.number] = running
         else:
-            (self._gathers if gather else self._reductions).append((axis, end))
+            (self._gathers if gather else self._reductions).append(running)
 
     def _wait_for(self, wait: Wait) -> None:
         if wait.number is not None:
-            self._wait_until(*self._ends.get(wait.number, ("", 0.0)))
+            if wait.number in self._ends:
+                self._wait_until(self._ends[wait.number])
         elif wait.kind == "reduce-scatter":
             self._wait_for_all(self._reductions)
         elif self._gathers:
-            self._wait_until(*self._gathers.popleft())
+            self._wait_until(self._gathers.popleft())
             self._gathers_from = self._now
 
-    def _wait_for_all(self, waiting: deque[tuple[str, float]]) -> None:
+    def _wait_for_all(self, waiting: deque[_Running]) -> None:
         while waiting:
-            self._wait_until(*waiting.popleft())
+            self._wait_until(waiting.popleft())
 
-    def _wait_until(self, axis: str, end: float) -> None:
-        if end > self._now:
-            self._add(self._time.exposed, axis, end - self._now)
-            self._now = end
+    def _wait_until(self, running: _Running) -> None:
+        """Or until the operations beside it are done, which then took longer."""
+        exposed = max(0.0, running.end - self._now)
+        beside = max(0.0, 1.0 - exposed / running.seconds) if running.processor else 0.0
+        lost = exposed + beside * running.processor
+        if lost > 0:
+            self._add(self._time.exposed, running.axis, lost)
+            self._now += lost
 
     @staticmethod
     def _add(times: dict[str, float], key: str, seconds: float) -> None:

@@ -35,6 +35,10 @@ def test_a_collective_takes_its_bytes_and_its_steps() -> None:
     assert machine.collective_seconds(gather, stride=1) == 7 + 3 * 2 + 300 / 50
     summed = replace(gather, kind="all-reduce")
     assert machine.collective_seconds(summed, stride=1) == 7 + 6 * 2 + 600 / 50
+    assert replace(machine, adding=0.5).collective_seconds(summed, stride=1) == 7 + 6 * 2 + 600 / 25
+    assert replace(machine, adding=0.5).collective_seconds(gather, stride=1) == 7 + 3 * 2 + 300 / 50
+    assert machine.processor_seconds(gather) == 0
+    assert replace(machine, processor=10.0, adding=0.5).processor_seconds(summed) == 7 + 600 / 5
 
 
 def test_a_file_says_the_same(tmp_path) -> None:
@@ -79,3 +83,5 @@ def test_links_between_ranks_are_measured() -> None:
     assert found.devices == 2
     assert 1e7 < found.inside.bandwidth < 1e12
     assert 0 < found.collective < 0.1
+    assert 0 < found.adding <= 1
+    assert found.processor == found.inside.bandwidth

@@ -47,6 +47,17 @@ def test_what_is_computed_in_between_hides_it() -> None:
     assert times(issue(0), *[SECOND] * 4, Wait(0)) == (4, {}, {"tensor_parallel": 3})
 
 
+def test_a_processor_that_moves_what_it_sends_computes_later() -> None:
+    """Two of a collective's three seconds are the processor's own: while it waits for it they are in these."""
+    cpu = replace(MACHINE, processor=1.5)
+    at_once = schedule([SECOND, issue(0), Wait(0), SECOND], cpu, STRIDES)
+    assert (at_once.seconds, at_once.exposed) == (5, {"tensor_parallel": 3})
+    beside = schedule([issue(0), *[SECOND] * 4, Wait(0)], cpu, STRIDES)
+    assert (beside.seconds, beside.exposed) == (6, {"tensor_parallel": 2})
+    partly = schedule([issue(0), SECOND, Wait(0)], cpu, STRIDES)  # a third of it
+    assert partly.seconds == pytest.approx(3 + 2 / 3)
+
+
 def test_collectives_of_an_axis_come_one_after_the_other() -> None:
     assert times(issue(0), issue(1), Wait(1))[0] == 6
     assert times(issue(0), issue(1, "data_parallel"), Wait(0), Wait(1))[0] == 3
