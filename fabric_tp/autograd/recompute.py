@@ -42,6 +42,14 @@ def producer_of(x: Tensor) -> Any:
     return node if x._version == getattr(node, "version", 0) else None
 
 
+def part_of(x: Tensor, dim: int, first: int, length: int) -> Tensor:
+    """``x.narrow(dim, first, length)``, which need not be kept where ``x`` need not."""
+    producer = producer_of(x)
+    if producer is None:
+        return x.narrow(dim, first, length)
+    return _Part.apply(x, producer, dim, first, length)
+
+
 def recompute(producer: Any) -> Tensor:
     """Compute again what a node that :func:`producer_of` found has returned."""
     return _torch.function_of(producer).recompute(producer)
@@ -74,3 +82,22 @@ def release(ctx: Any) -> tuple[Any, ...]:
 def let_go(ctx: Any) -> None:
     """Hold nothing for nodes after this one any more."""
     ctx.held = None
+
+
+class _Part(Recomputable):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, producer: Any, dim: int, first: int, length: int) -> Tensor:
+        ctx.producer, ctx.place, ctx.shape = producer, (dim, first, length), x.shape
+        part = x.narrow(*ctx.place)
+        ctx.version = part._version
+        return part
+
+    @staticmethod
+    def recompute(ctx: Any) -> Tensor:
+        return recompute(ctx.producer).narrow(*ctx.place)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        whole = grad.new_zeros(ctx.shape)
+        whole.narrow(*ctx.place).copy_(grad)
+        return whole, None, None, None, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any
@@ -22,12 +22,18 @@ from fabric_tp.parallelize.overlapped import overlap_halves
 from fabric_tp.styles.style import LocalModule
 
 
-def checkpoint_or_compile(blocks: Iterable[nn.Module], options: BlockOptions, mesh: DeviceMesh) -> None:
-    """Let each block be computed again in the backward, or be compiled, as the options say."""
+def checkpoint_or_compile(
+    blocks: Iterable[nn.Module], options: BlockOptions, mesh: DeviceMesh, token_wise: Sequence[nn.Module] = ()
+) -> None:
+    """Let each block be computed again in the backward, or be compiled, or be overlapped, as the options say.
+
+    Args:
+        token_wise: MLPs in the blocks, as for :func:`overlap_halves`.
+    """
     how = fused_collectives(Group.of(mesh), mesh.device_type) if options.overlap and options.compile else {}
     for block in blocks:
         if options.overlap and not options.compile:
-            overlap_halves(block)
+            overlap_halves(block, token_wise)
         if options.compile:
             compile_block(block, POLICIES[options.activation_checkpointing], how)
         elif options.activation_checkpointing != "none":

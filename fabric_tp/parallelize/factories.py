@@ -57,6 +57,7 @@ class Parallelize(ParallelizeByPlan, TransformerOptions):
             plan=plan,
             derived_from=architecture.description,
             blocks=list(children(model, architecture.blocks).values()),
+            token_wise=_token_wise(architecture, model),
             ends=[[model.get_submodule(name) for name in names] for names in ends],
             lean=_lean(architecture) if self.lean else (),
             refused=dict.fromkeys(architecture.balances_experts, BALANCE)
@@ -143,6 +144,15 @@ def _derive_feed_forward(
 ) -> Derived:
     plan = derive_feed_forward_plan(architecture, model, tensor_parallel_size)
     return Derived(plan=plan, derived_from=architecture.description, lean=_lean(architecture) if lean else ())
+
+
+def _token_wise(architecture: Architecture, model: nn.Module) -> list[nn.Module]:
+    """MLPs; none of a model that this package is not tested with."""
+    if class_path(model) not in architecture.tested or architecture.block is None:
+        return []
+    name = architecture.block.feed_forward.name
+    blocks = children(model, architecture.blocks).values()
+    return [block.get_submodule(name) for block in blocks if name and has(block, name)]
 
 
 def _verify(verify: bool | None, architecture: Architecture, model: nn.Module) -> Literal["no", "try", "must"]:

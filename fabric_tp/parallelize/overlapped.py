@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from fabric_tp.autograd.halves import take_turns
-from fabric_tp.styles.style import LocalModule, mixed, put_back
+from fabric_tp.autograd.collectives import SEQUENCE_DIM
+from fabric_tp.autograd.halves import current_half, take_turns
+from fabric_tp.autograd.recompute import part_of
+from fabric_tp.styles.layout import padding_of
+from fabric_tp.styles.prepare_input import PrepareInput
+from fabric_tp.styles.random_module import has_followers
+from fabric_tp.styles.style import LocalModule, Parallelized, mixed, put_back
 
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 """Arguments and results that are the same for both halves."""
@@ -29,15 +34,9 @@ class _OverlappedBlock(nn.Module):
         batch = _batch(args, kwargs)
         if batch is None or not torch.is_grad_enabled() or self.has_numbers_per_head(args, kwargs):
             return own(*args, **kwargs)
-        sizes = [batch - batch // 2, batch // 2]
+        sizes = _halved(batch)
         parts = [_part((args, kwargs), batch, first, size) for first, size in zip((0, sizes[0]), sizes, strict=True)]
-        # A module's forward puts local tensors in its parameters' place, and the halves are in the same module at once.
-        held = [each for module in self.modules() if isinstance(module, LocalModule) for each in module.take_local()]
-        try:
-            outputs = take_turns(lambda i: own(*parts[i][0], **parts[i][1]), sizes)
-        finally:
-            put_back(held)
-        return _joined(outputs, sizes)
+        return _joined(_in_turns(self, lambda i: own(*parts[i][0], **parts[i][1]), sizes), sizes)
 
     def has_numbers_per_head(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
         """Whether an argument is ``(n, s, s)`` or ``(b * n, s, s)``, such as ALiBi's biases."""
@@ -49,9 +48,44 @@ class _OverlappedBlock(nn.Module):
         return any(isinstance(given.get(name), Tensor) and given[name].dim() == 3 for name in names)
 
 
-def overlap_halves(block: nn.Module) -> None:
-    """Compute the block so."""
+class _OverlappedTokens(nn.Module):
+    """Mixed into the class of an MLP that computes each token by itself: in training a batch of one, which has no half,
+    is computed in two halves of its tokens."""
+
+    parallelized: Parallelized[Any]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        own = super().forward
+        x: Any = args[0] if len(args) == 1 and not kwargs else None
+        is_alone = isinstance(x, Tensor) and x.dim() == 3 and len(x) == 1 and x.shape[SEQUENCE_DIM] > 1
+        if not is_alone or current_half() or padding_of(self.parallelized) or not torch.is_grad_enabled():
+            return own(*args, **kwargs)
+        sizes = _halved(x.shape[SEQUENCE_DIM])
+        parts = [part_of(x, SEQUENCE_DIM, first, size) for first, size in zip((0, sizes[0]), sizes, strict=True)]
+        return torch.cat(_in_turns(self, lambda i: own(parts[i]), sizes), SEQUENCE_DIM)
+
+
+def overlap_halves(block: nn.Module, token_wise: Iterable[nn.Module] = ()) -> None:
+    """Compute the block so, and those of its MLPs that are known to treat each token by itself."""
     block.__class__ = mixed(_OverlappedBlock, type(block))
+    inside = set(block.modules())
+    for mlp in token_wise:
+        gathers = isinstance(mlp, LocalModule) and type(mlp.parallelized.style) is PrepareInput
+        if mlp in inside and gathers and not has_followers(mlp):  # whose masks are those of samples
+            mlp.__class__ = mixed(_OverlappedTokens, type(mlp))
+
+
+def _halved(size: int) -> list[int]:
+    return [size - size // 2, size // 2]
+
+
+def _in_turns(module: nn.Module, function: Callable[[int], Any], sizes: Sequence[int]) -> list[Any]:
+    # A module's forward puts local tensors in its parameters' place, and the halves are in the same module at once.
+    held = [each for inner in module.modules() if isinstance(inner, LocalModule) for each in inner.take_local()]
+    try:
+        return take_turns(function, sizes)
+    finally:
+        put_back(held)
 
 
 def _batch(args: Sequence[Any], kwargs: dict[str, Any]) -> int | None:

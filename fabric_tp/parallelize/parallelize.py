@@ -40,6 +40,8 @@ class Derived:
     """Description of the architecture from which the plan was derived; empty for a plan of the user's."""
     blocks: list[nn.Module] = field(default_factory=list)
     """What is checkpointed, compiled and sharded by FSDP2 one by one; empty for the model as a whole."""
+    token_wise: list[nn.Module] = field(default_factory=list)
+    """MLPs that are known to compute each token by itself."""
     ends: list[list[nn.Module]] = field(default_factory=list)
     """What comes before the blocks, and what after them."""
     lean: tuple[str, ...] = ()
@@ -78,7 +80,7 @@ class ParallelizeByPlan(BlockOptions):
             _divide(model, derived, mesh)
         if self.quantize:
             quantize(derived.blocks or [model], self.quantize, computed_dtype(self))
-        checkpoint_or_compile(derived.blocks or [model], self, mesh)
+        checkpoint_or_compile(derived.blocks or [model], self, mesh, derived.token_wise)
         shard_over_data_parallel(model, derived.blocks, derived.ends, _data_parallel(device_mesh), self)
         if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
             initialize(model, device, shared_seed(device_mesh))

@@ -80,6 +80,7 @@ def _local(tensor: Tensor) -> Tensor:
     ("options", "multiple"),
     [
         ({}, LEAST),
+        ({"overlap": True}, LEAST),
         ({"regather": False}, LEAST + 4 * RANKS),  # two gathered inputs of 2 bytes
         ({"activation_checkpointing": "full"}, 2),
         # The norms' outputs are whole on every rank, and so is what they are made from.

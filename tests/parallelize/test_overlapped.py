@@ -14,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fabric_tp
 from fabric_tp.autograd import halves
+from fabric_tp.parallelize import overlapped
 from fabric_tp.testing import Report, next_token_loss
+from fabric_tp.testing.parity import compare
 from fabric_tp.testing.ranks import mesh
 from fabric_tp.testing.small import small_causal, small_config, small_gpt, small_lora
 from tests.models import LENGTH, VOCABULARY, build
@@ -135,14 +137,14 @@ class _Trace(TorchDispatchMode):
         return found
 
 
-def exposed(layers: int, options: dict[str, Any]) -> tuple[Counter[bool], Counter[bool]]:
+def exposed(layers: int, options: dict[str, Any], batch: int = 4) -> tuple[Counter[bool], Counter[bool]]:
     """In forward and backward of so many blocks."""
     from litgpt import GPT
 
     from tests.models import litgpt_config
 
     model = fabric_tp.litgpt(**options)(GPT(litgpt_config("Llama-3-8B", n_layer=layers)), mesh(1, 2))
-    inputs = tokens(4)
+    inputs = tokens(batch)
     next_token_loss(model(inputs), inputs).backward()
     with _Trace() as forward:
         loss = next_token_loss(model(inputs), inputs)
@@ -168,6 +170,40 @@ def test_products_run_beside_collectives(pool, overlap, sequence_parallel) -> No
     for few, many, expected in zip(one, three, EXPOSED[overlap, sequence_parallel], strict=True):
         of_a_block = {key: (many[key] - few[key]) / 2 for key in (True, False)}
         assert (of_a_block[True], sum(of_a_block.values())) == expected
+
+
+@pytest.mark.parametrize(
+    ("sequence_parallel", "expected"), [(True, ((4, 6), (2, 9))), (False, ((2, 3), (0, 3)))], ids=str
+)
+def test_tokens_of_one_sample_take_turns_in_mlps(pool, sequence_parallel, expected) -> None:
+    """Attention's collectives are exposed as without overlap, and of the MLP's the first gather and the last sum."""
+    options = {"overlap": True, "sequence_parallel": sequence_parallel, "fused_loss": True}
+    one, three = (pool(2)(exposed, layers, options, 1) for layers in (1, 3))
+    for few, many, each in zip(one, three, expected, strict=True):
+        of_a_block = {key: (many[key] - few[key]) / 2 for key in (True, False)}
+        assert (of_a_block[True], sum(of_a_block.values())) == each
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"sequence_parallel": False}, {"activation_checkpointing": "selective"}, {"lean": False}], ids=str
+)
+def test_one_sample_equals_one_device(pool, options) -> None:
+    assert_overlapped_equals(pool, LLAMA, fabric_tp.litgpt(overlap=True, **options), (2, 2), 1, steps=3)
+
+
+def one_sample(model_type: str, broken: bool) -> dict[str, float]:
+    """On a rank, of a length that the ranks do not divide where it is as it should be."""
+    with pytest.MonkeyPatch.context() as patch:
+        if broken:
+            patch.setattr(overlapped, "part_of", lambda x, dim, first, length: x.narrow(dim, 0, length))
+        inputs = tokens(1) if broken else tokens(1)[:, :13]
+        build_model = partial(small_causal, model_type)
+        return compare(build_model, fabric_tp.auto(overlap=True), inputs, next_token_loss, (1, 2), 1, None)
+
+
+@pytest.mark.parametrize(("model_type", "broken"), [("llama", False), ("gpt2", False), ("llama", True)])
+def test_one_sample_of_any_length(pool, model_type, broken) -> None:
+    assert Report(pool(2)(one_sample, model_type, broken)).equal is not broken
 
 
 def test_an_error_in_one_half_ends_both() -> None:
