@@ -111,9 +111,8 @@ class Hardware:
         )
 
     def processor_seconds(self, collective: Collective) -> float:
-        """For which a collective keeps the device from computing."""
         if self.processor is None:
-            return 0.0
+            return 0.0  # it keeps nothing from computing
         return self.collective + collective.sent / (self.processor * self._adding(collective))
 
     def _adding(self, collective: Collective) -> float:
