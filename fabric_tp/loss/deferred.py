@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,6 +69,13 @@ class DeferredLogits(Tensor):
     @staticmethod
     def of(call: LMHeadCall) -> DeferredLogits:
         return _deferred(call, call.shape, call.weight.dtype, None, (), call.inputs)
+
+    @staticmethod
+    def of_samples(parts: Sequence[Any]) -> DeferredLogits:
+        """Those of all samples, of several heads' calls with some each, which are otherwise the same."""
+        first = parts[0]
+        call = replace(first.call, hidden=torch.cat([part.call.hidden for part in parts]))
+        return _deferred(call, call.shape, first.dtype, None, first.operations, tuple(parts))
 
     @property
     def softcap(self) -> float | None:

@@ -27,7 +27,7 @@ def shard_over_data_parallel(
         ends: What comes before the blocks and what after them: needed at different times.
         mesh: The data-parallel ranks.
     """
-    if mesh is None or (mesh.size() == 1 and options.mixed_precision is None):
+    if mesh is None or not is_sharded(mesh, options):
         return
     shard: Any = partial(fully_shard, mesh=mesh, mp_policy=_policy(options))
     for block in blocks:
@@ -39,6 +39,11 @@ def shard_over_data_parallel(
         if looks_up:  # its backward needs no weight, which is gathered for a moment of the forward only
             end[0].set_unshard_in_backward(False)  # type: ignore[operator]
     shard(model, reshard_after_forward=False)
+
+
+def is_sharded(mesh: DeviceMesh | None, options: BlockOptions) -> bool:
+    """Whether FSDP2 shards a model over these data-parallel ranks."""
+    return mesh is not None and (mesh.size() > 1 or options.mixed_precision is not None)
 
 
 def computed_dtype(options: BlockOptions) -> torch.dtype | None:

@@ -32,10 +32,12 @@ class BlockOptions:
     overlap: bool = False
     """In training, compute each block's batch in two halves that take turns: one computes while the collectives of the
     other run. For where ranks wait for each other much of the time: many ranks, short layers, slow links. Each half has
-    half as much to compute at once, and there are twice as many operations. Of a batch of one sample only the tokens in
-    MLPs are halved. With ``compile`` nothing is: the compiler orders collectives to run beside other operations, and
-    between CUDA devices of a machine makes those of the forward one operator with a product (asynchronous tensor
-    parallelism, by symmetric memory); a warning says so if it could not."""
+    half as much to compute at once, and there are twice as many operations. Where neither FSDP2 nor activation
+    checkpointing is at work, litgpt's models are halved as a whole: no collective between blocks is waited for, and
+    without ``fused_loss`` logits are copied once. Of a batch of one sample only the tokens in MLPs are halved. With
+    ``compile`` nothing is: the compiler orders collectives to run beside other operations, and between CUDA devices of
+    a machine makes those of the forward one operator with a product (asynchronous tensor parallelism, by symmetric
+    memory); a warning says so if it could not."""
     quantize: Quantization | None = None
     """``"bnb.nf4"`` or ``"bnb.fp4"``: keep the frozen weights of the blocks' linear layers in four bits a number
     (QLoRA), each rank its part, which FSDP2 does not split further. Needs bitsandbytes. A model on the meta device gets

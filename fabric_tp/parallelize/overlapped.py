@@ -1,4 +1,4 @@
-"""Blocks that compute one half of their batch while the collectives of the other run."""
+"""Blocks, or whole models, that compute one half of their batch while the collectives of the other run."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fabric_tp.autograd.collectives import SEQUENCE_DIM
 from fabric_tp.autograd.halves import current_half, take_turns
 from fabric_tp.autograd.recompute import part_of
+from fabric_tp.loss.deferred import DeferredLogits
+from fabric_tp.parallelize.fsdp import is_sharded
+from fabric_tp.parallelize.options import BlockOptions
 from fabric_tp.styles.layout import padding_of
 from fabric_tp.styles.prepare_input import PrepareInput
 from fabric_tp.styles.random_module import has_followers
@@ -24,7 +29,7 @@ PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
 class _OverlappedBlock(nn.Module):
-    """Mixed into the class of a block: in training its forward, which is its own, runs on two halves in turns.
+    """Mixed into the class of a block or a model: in training its own forward runs on two halves in turns.
 
     Within FSDP2's hooks, which gather the block's parameters once, and within activation checkpointing.
     """
@@ -65,8 +70,18 @@ class _OverlappedTokens(nn.Module):
         return torch.cat(_in_turns(self, lambda i: own(parts[i]), sizes), SEQUENCE_DIM)
 
 
+def goes_through_in_halves(options: BlockOptions, data_parallel: DeviceMesh | None) -> bool:
+    """Whether halves may go through all of a model, and not only through each block.
+
+    Not if FSDP2 gathers a block for one forward, or a checkpoint's forward is something that the other half must not
+    see.
+    """
+    plain = options.activation_checkpointing == "none" and not options.compile
+    return options.overlap and plain and not is_sharded(data_parallel, options)
+
+
 def overlap_halves(block: nn.Module, token_wise: Iterable[nn.Module] = ()) -> None:
-    """Compute the block so, and those of its MLPs that are known to treat each token by itself."""
+    """Compute the block, or a model, so, and those of its MLPs that are known to treat each token by itself."""
     block.__class__ = mixed(_OverlappedBlock, type(block))
     inside = set(block.modules())
     for mlp in token_wise:
@@ -131,6 +146,18 @@ def _part(arguments: Any, batch: int, first: int, size: int) -> Any:
     return tree_map(part, arguments)
 
 
+def _together(parts: Sequence[Tensor]) -> Tensor:
+    first = parts[0]
+    if isinstance(first, DeferredLogits):
+        return DeferredLogits.of_samples(parts)
+    if not isinstance(first, DTensor):
+        return torch.cat(list(parts))
+    shape = torch.Size((sum(map(len, parts)), *first.shape[1:]))
+    stride = tuple(shape[dim + 1 :].numel() for dim in range(len(shape)))
+    local = torch.cat([part.to_local(grad_placements=first.placements) for part in parts])  # type: ignore[attr-defined]
+    return DTensor.from_local(local, first.device_mesh, first.placements, run_check=False, shape=shape, stride=stride)
+
+
 def _joined(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
     """Raises ValueError for a tensor that is not of samples, such as a router's loss: it would be that of a half."""
     leaves, structure = zip(*map(tree_flatten, outputs), strict=True)
@@ -141,7 +168,7 @@ def _joined(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
         elif all(isinstance(part, Tensor) for part in parts) and all(
             part.dim() and len(part) == size for part, size in zip(parts, sizes, strict=True)
         ):
-            joined.append(torch.cat(parts))
+            joined.append(_together(parts))
         else:
             what = f"tensor {tuple(parts[0].shape)}" if isinstance(parts[0], Tensor) else type(parts[0]).__name__
             raise ValueError(

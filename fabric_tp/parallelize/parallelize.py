@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -20,6 +20,7 @@ from fabric_tp.parallelize.decoding import is_decoding, set_decoding_styles
 from fabric_tp.parallelize.fsdp import computed_dtype, shard_over_data_parallel
 from fabric_tp.parallelize.lean import make_lean
 from fabric_tp.parallelize.options import BlockOptions
+from fabric_tp.parallelize.overlapped import goes_through_in_halves, overlap_halves
 from fabric_tp.parallelize.partial_gradients import PartialGradients
 from fabric_tp.parallelize.verification import verified, verify_without_ranks
 from fabric_tp.plan import Plan, apply_plan, check_plan
@@ -42,6 +43,8 @@ class Derived:
     """What is checkpointed, compiled and sharded by FSDP2 one by one; empty for the model as a whole."""
     token_wise: list[nn.Module] = field(default_factory=list)
     """MLPs that are known to compute each token by itself."""
+    samples_apart: bool = False
+    """The model as a whole is known to compute each sample by itself."""
     ends: list[list[nn.Module]] = field(default_factory=list)
     """What comes before the blocks, and what after them."""
     lean: tuple[str, ...] = ()
@@ -80,8 +83,13 @@ class ParallelizeByPlan(BlockOptions):
             _divide(model, derived, mesh)
         if self.quantize:
             quantize(derived.blocks or [model], self.quantize, computed_dtype(self))
-        checkpoint_or_compile(derived.blocks or [model], self, mesh, derived.token_wise)
-        shard_over_data_parallel(model, derived.blocks, derived.ends, _data_parallel(device_mesh), self)
+        replicas = _data_parallel(device_mesh)
+        options = self
+        if derived.samples_apart and goes_through_in_halves(self, replicas):
+            overlap_halves(model, derived.token_wise)
+            options = replace(self, overlap=False)
+        checkpoint_or_compile(derived.blocks or [model], options, mesh, derived.token_wise)
+        shard_over_data_parallel(model, derived.blocks, derived.ends, replicas, self)
         if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
             initialize(model, device, shared_seed(device_mesh))
         PartialGradients(model, mesh)

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fabric_tp
 from fabric_tp.autograd import halves
-from fabric_tp.parallelize import overlapped
+from fabric_tp.loss.deferred import DeferredLogits
+from fabric_tp.parallelize import overlapped, parallelize
 from fabric_tp.testing import Report, next_token_loss
 from fabric_tp.testing.parity import compare
 from fabric_tp.testing.ranks import mesh
@@ -29,9 +30,9 @@ def tokens(batch: int) -> Tensor:
     return torch.randint(VOCABULARY, (batch, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
-def assert_overlapped_equals(pool, build_model, parallelize, sizes=(1, 2), batch=4, steps=1, **more) -> None:
+def assert_overlapped_equals(pool, build_model, parallelize_fn, sizes=(1, 2), batch=4, steps=1, **more) -> None:
     inputs = tokens(batch * sizes[0])
-    differences = differences_of(pool, build_model, parallelize, sizes, inputs=inputs, steps=steps, **more)
+    differences = differences_of(pool, build_model, parallelize_fn, sizes, inputs=inputs, steps=steps, **more)
     assert Report(differences).equal, str(Report(differences))
 
 
@@ -45,6 +46,7 @@ def assert_overlapped_equals(pool, build_model, parallelize, sizes=(1, 2), batch
         {"activation_checkpointing": "selective"},
         {"activation_checkpointing": "selective", "sequence_parallel": False},
         {"lean": False, "regather": False},
+        {"loss_parallel": False},
     ],
     ids=str,
 )
@@ -58,11 +60,12 @@ GPT = {
     "parallel residual": partial(build, "pythia-14m"),
     "one norm for both": partial(build, "phi-2"),
     "windows, norms of heads": partial(small_gpt, small_config("Gemma-3-1b-it")),
+    "softcapping": partial(small_gpt, small_config("Gemma-2-2b")),
     "adapters": partial(small_lora, "Llama-3-8B", "every layer"),
 }
 
 
-@pytest.mark.swept(lambda p: p["name"] not in ("experts", "adapters"))
+@pytest.mark.swept(lambda p: p["name"] not in ("experts", "softcapping", "adapters"))
 @pytest.mark.parametrize("name", GPT)
 def test_litgpt(pool, name) -> None:
     assert_overlapped_equals(pool, GPT[name], fabric_tp.litgpt(overlap=True, fused_loss=name != "adapters"))
@@ -106,6 +109,22 @@ def test_masks_are_those_of_the_whole_batch(pool) -> None:
     torch.testing.assert_close(pool(2)(with_dropout, True), pool(2)(with_dropout, False))
 
 
+def other_samples_of_a_model(broken: bool) -> dict[str, float]:
+    """On a rank; deferred logits are joined in the order of their samples."""
+    with pytest.MonkeyPatch.context() as patch:
+        if broken:
+            joined = DeferredLogits.of_samples
+            patch.setattr(DeferredLogits, "of_samples", lambda parts: joined(parts[::-1]))
+        return compare(
+            LLAMA, fabric_tp.litgpt(overlap=True, fused_loss=True), tokens(4), next_token_loss, (1, 2), 1, None
+        )
+
+
+def test_swapped_samples_are_noticed(pool) -> None:
+    assert Report(pool(2)(other_samples_of_a_model, False)).equal
+    assert not Report(pool(2)(other_samples_of_a_model, True)).equal
+
+
 class _Trace(TorchDispatchMode):
     """What was issued and awaited, and matrix products, in their order."""
 
@@ -137,13 +156,22 @@ class _Trace(TorchDispatchMode):
         return found
 
 
-def exposed(layers: int, options: dict[str, Any], batch: int = 4) -> tuple[Counter[bool], Counter[bool]]:
-    """In forward and backward of so many blocks."""
+def exposed(
+    layers: int, options: dict[str, Any], batch: int = 4, by_blocks: bool = False
+) -> tuple[Counter[bool], Counter[bool]]:
+    """In forward and backward of so many blocks.
+
+    Args:
+        by_blocks: Each is halved by itself, as with FSDP2.
+    """
     from litgpt import GPT
 
     from tests.models import litgpt_config
 
-    model = fabric_tp.litgpt(**options)(GPT(litgpt_config("Llama-3-8B", n_layer=layers)), mesh(1, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        if by_blocks:
+            patch.setattr(parallelize, "goes_through_in_halves", lambda *_: False)
+        model = fabric_tp.litgpt(**options)(GPT(litgpt_config("Llama-3-8B", n_layer=layers)), mesh(1, 2))
     inputs = tokens(batch)
     next_token_loss(model(inputs), inputs).backward()
     with _Trace() as forward:
@@ -154,20 +182,22 @@ def exposed(layers: int, options: dict[str, Any], batch: int = 4) -> tuple[Count
 
 
 EXPOSED = {
+    ("model", True): ((0, 8), (0, 12)),
+    ("model", False): ((0, 4), (0, 4)),
     # The first gather and the last sum of a block; the gradient of its first input.
-    (True, True): ((2, 8), (1, 12)),
-    (True, False): ((1, 4), (0, 4)),
-    (False, True): ((4, 4), (2, 6)),
-    (False, False): ((2, 2), (0, 2)),
+    ("blocks", True): ((2, 8), (1, 12)),
+    ("blocks", False): ((1, 4), (0, 4)),
+    ("nothing", True): ((4, 4), (2, 6)),
+    ("nothing", False): ((2, 2), (0, 2)),
 }
-"""By overlap and sequence_parallel, of the collectives of a block, in the forward and in the backward."""
+"""By what is halved and sequence_parallel, of the collectives of a block, in the forward and in the backward."""
 
 
-@pytest.mark.parametrize(("overlap", "sequence_parallel"), EXPOSED)
-def test_products_run_beside_collectives(pool, overlap, sequence_parallel) -> None:
-    options = {"overlap": overlap, "sequence_parallel": sequence_parallel, "fused_loss": True}
-    one, three = (pool(2)(exposed, layers, options) for layers in (1, 3))
-    for few, many, expected in zip(one, three, EXPOSED[overlap, sequence_parallel], strict=True):
+@pytest.mark.parametrize(("halved", "sequence_parallel"), EXPOSED)
+def test_products_run_beside_collectives(pool, halved, sequence_parallel) -> None:
+    options = {"overlap": halved != "nothing", "sequence_parallel": sequence_parallel, "fused_loss": True}
+    one, three = (pool(2)(exposed, layers, options, 4, halved == "blocks") for layers in (1, 3))
+    for few, many, expected in zip(one, three, EXPOSED[halved, sequence_parallel], strict=True):
         of_a_block = {key: (many[key] - few[key]) / 2 for key in (True, False)}
         assert (of_a_block[True], sum(of_a_block.values())) == expected
 

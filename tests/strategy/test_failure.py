@@ -106,14 +106,20 @@ def test_ctrl_c_in_one_rank_only_ends_the_others(start: Start) -> None:
 
 
 def test_torchrun(tmp_path: Path) -> None:
-    job = Job(tmp_path, "forever()", 2)
+    """Which ends the other rank as well, and on a busy machine may do so before that has said why."""
+    assert any("Rank 1 (pid" in killed_under_torchrun(tmp_path / str(attempt)) for attempt in range(3))
+
+
+def killed_under_torchrun(folder: Path) -> str:
+    folder.mkdir()
+    job = Job(folder, "forever()", 2)
     job.start("torchrun.log", [*torchrun(2), str(job.script)])
     try:
         ranks = job.wait_for_ranks()
         ranks[1].kill()
         assert job.wait() == [1]
         assert not ranks[0].is_running()
-        assert "Rank 1 (pid" in job.everything()
+        return job.everything()
     finally:
         job.stop()
 
