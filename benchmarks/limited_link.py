@@ -2,7 +2,8 @@
 
 As root on Linux, two gloo ranks of one thread each live in network namespaces of their own, with one virtual cable
 between them that lets through so many bits a second in each direction (``tc qdisc ... tbf``). Elsewhere, and with
-``--imitated true``, ranks sleep as long as the bytes would take; the table says which it was.
+``--imitated true``, ranks sleep as long as the bytes would take; the table says which it was. The model is litgpt's;
+under the other plans it is one of the same shape.
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from jsonargparse import auto_cli
+from litgpt import GPT
 from rich.console import Console
 from rich.table import Table
 from torch.distributed.device_mesh import init_device_mesh
 
 import fabric_tp
 from benchmarks.llama import (
-    Llama,
     Shape,
     Step,
-    fabric_tp_step,
+    litgpt_config,
+    litgpt_step,
     save_transformers,
     torch_plan_step,
     transformers_step,
@@ -140,7 +142,7 @@ def _predict(shape: Shape, hardware: Hardware, rates: Sequence[int | None]) -> S
 def _events(shape: Shape, way: str) -> list[Event]:
     """Of forward and backward; those of clipping and of the optimizer are left out."""
     with fake_mesh(1, 2) as mesh, fake_tensors():
-        model = fabric_tp.llama(verify=False, **OPTIONS[way])(Llama(shape), mesh)
+        model = fabric_tp.litgpt(**OPTIONS[way])(GPT(litgpt_config(shape, block_size=shape.length)), mesh)
         tokens, targets = (torch.zeros((shape.batch, shape.length), dtype=torch.int64) for _ in range(2))
         step = count_step(
             model,
@@ -240,7 +242,7 @@ def _serve(rank: int, shape: Shape) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://{os.environ[ADDRESS]}:{PORT}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data_parallel", "tensor_parallel"))
     ranks = mesh["tensor_parallel"]
-    steps: dict[str, Step] = {way: fabric_tp_step(shape, False, ranks, **OPTIONS[way]) for way in OPTIONS}
+    steps: dict[str, Step] = {way: litgpt_step(shape, False, ranks, **OPTIONS[way]) for way in OPTIONS}
     steps["torch's styles"] = torch_plan_step(shape, False, ranks)
     steps["Transformers"] = transformers_step(shape, False, ranks, Path(os.environ[FOLDER]))
     bandwidth = 0.0
