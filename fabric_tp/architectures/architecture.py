@@ -246,8 +246,9 @@ class Architecture:
     """Classes, by module and name, of which tests cover every variant. Others are verified: ``Parallelize.verify``."""
     classes: tuple[str, ...] = ()
     """The only classes, by module and name, that this describes; empty: every one that has these modules."""
-    computes_samples_apart: bool = False
-    """The whole forward treats each sample by itself, and returns nothing but what it makes of each."""
+    computes_samples_apart: tuple[str, ...] = ()
+    """Classes, by module and name, whose whole forward treats each sample by itself, and returns nothing but what it
+    makes of each."""
     measures_embedding: bool = False
     """The model takes the sequence length from the embedding's output, which must then be whole on every rank."""
     measures_output: bool = False

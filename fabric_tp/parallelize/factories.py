@@ -58,7 +58,7 @@ class Parallelize(ParallelizeByPlan, TransformerOptions):
             derived_from=architecture.description,
             blocks=list(children(model, architecture.blocks).values()),
             token_wise=_token_wise(architecture, model),
-            samples_apart=architecture.computes_samples_apart and class_path(model) in architecture.tested,
+            samples_apart=class_path(model) in architecture.computes_samples_apart,
             ends=[[model.get_submodule(name) for name in names] for names in ends],
             lean=_lean(architecture) if self.lean else (),
             refused=dict.fromkeys(architecture.balances_experts, BALANCE)

@@ -33,7 +33,7 @@ class BlockOptions:
     """In training, compute each block's batch in two halves that take turns: one computes while the collectives of the
     other run. For where ranks wait for each other much of the time: many ranks, short layers, slow links. Each half has
     half as much to compute at once, and there are twice as many operations. Where neither FSDP2 nor activation
-    checkpointing is at work, litgpt's models are halved as a whole: no collective between blocks is waited for, and
+    checkpointing is at work, a ``litgpt.GPT`` is halved as a whole: no collective between blocks is waited for, and
     without ``fused_loss`` logits are copied once. Of a batch of one sample only the tokens in MLPs are halved. With
     ``compile`` nothing is: the compiler orders collectives to run beside other operations, and between CUDA devices of
     a machine makes those of the forward one operator with a product (asynchronous tensor parallelism, by symmetric

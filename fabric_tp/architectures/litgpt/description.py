@@ -68,5 +68,5 @@ LITGPT = Architecture(
     lean="fabric_tp.architectures.litgpt.lean:LEAN",
     splits_sequence=("lm_head_chunk_size",),
     tested=("litgpt.model.GPT", "litgpt.lora.GPT"),
-    computes_samples_apart=True,
+    computes_samples_apart=("litgpt.model.GPT",),  # adapters put their parts together first, for a block at a time
 )
