@@ -155,6 +155,7 @@ def fused_operators() -> tuple[Any, Any]:
 
 
 def fuse_collectives(graph: torch.fx.Graph) -> None:
+    """Put fused operators in the place of what they do, where the graph has the form for it."""
     from torch._inductor.fx_passes.micro_pipeline_tp import micro_pipeline_tp_pass
 
     micro_pipeline_tp_pass(graph)
