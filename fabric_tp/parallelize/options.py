@@ -37,7 +37,7 @@ class BlockOptions:
     without ``fused_loss`` logits are copied once. Of a batch of one sample only the tokens in MLPs are halved. With
     ``compile`` nothing is: the compiler orders collectives to run beside other operations, and between CUDA devices of
     a machine makes those of the forward one operator with a product (asynchronous tensor parallelism, by symmetric
-    memory); a warning says so if it could not."""
+    memory; not tried on GPUs yet); a warning says so if it could not."""
     quantize: Quantization | None = None
     """``"bnb.nf4"`` or ``"bnb.fp4"``: keep the frozen weights of the blocks' linear layers in four bits a number
     (QLoRA), each rank its part, which FSDP2 does not split further. Needs bitsandbytes. A model on the meta device gets
