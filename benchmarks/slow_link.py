@@ -15,6 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from fabric_tp._torch import OperationMode
 from fabric_tp.measure.communication import CollectiveCounter
 
+AWAITED_LATER = ("_allgather_base_", "alltoall_base_")
+
 
 class SlowLink(OperationMode):
     """To be entered after the counter of the same mesh.
@@ -39,7 +41,7 @@ class SlowLink(OperationMode):
         elif len(self._counter.collectives) > issued:
             sent = self._counter.collectives[-1].sent
             self._free = max(self._free, time.perf_counter()) + sent / self._bandwidth
-            if operation.namespace == "c10d" and "allgather" not in operation.__name__:  # waited for at once
+            if operation.namespace == "c10d" and not operation.__name__.startswith(AWAITED_LATER):
                 time.sleep(max(0.0, self._free - time.perf_counter()))
             else:
                 made = result if isinstance(result, Tensor) else args[0]

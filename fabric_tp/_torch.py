@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -60,9 +61,7 @@ def local_and_layout(x: DTensor) -> tuple[Tensor, DTensorSpec]:
 def with_layout(local: Tensor, like: DTensorSpec, placements: tuple[Placement, ...]) -> DTensor:
     """A DTensor of which ``local`` is this rank's part. ``local`` has the strides that the layout gives it."""
     if torch.is_grad_enabled():  # for second derivatives
-        meta = like.tensor_meta
-        assert meta is not None
-        return DTensor.from_local(local, like.mesh, placements, run_check=False, shape=meta.shape, stride=meta.stride)
+        return DTensor.from_local(local, like.mesh, placements, run_check=False, shape=like.shape, stride=like.stride)
     same = placements == like.placements
     spec = copy.copy(like) if same else DTensorSpec(like.mesh, placements, tensor_meta=like.tensor_meta)
     return DTensor.__new__(DTensor, local, spec, requires_grad=False)  # whose __init__ does nothing
@@ -78,8 +77,7 @@ def start_all_gather(x: Tensor, group_size: int, group_name: str) -> Tensor:
         return _issue(ALL_GATHER, x.contiguous(), group_size, group_name)
     gathered = x.new_empty((group_size * x.shape[0], *x.shape[1:]))
     group = _resolve_process_group(group_name)  # type: ignore[arg-type]
-    work = group._allgather_base(gathered, x.contiguous())
-    _register_work(gathered, work)
+    _register_work(gathered, group._allgather_base(gathered, x.contiguous()))
     return gathered
 
 
@@ -88,25 +86,32 @@ def start_differentiable_all_gather(x: Tensor, group_size: int, group_name: str)
     return DIFFERENTIABLE_ALL_GATHER(x.contiguous(), group_size, group_name)
 
 
-def start_reduce_scatter(x: Tensor, group_size: int, group_name: str) -> Tensor:
-    """As :func:`reduce_scatter`; the result is there after :func:`wait`."""
-    return _issue(
-        torch.ops._c10d_functional.reduce_scatter_tensor.default, x.contiguous(), "sum", group_size, group_name
-    )
+def start_reduce_scatter(x: Tensor, group_size: int, group_name: str) -> Callable[[], Tensor]:
+    """As :func:`reduce_scatter`; what is returned waits for the result.
+
+    On the CPU each rank adds up what it gets: gloo's own is an all-reduce, which sends twice as much (torch 2.13).
+    """
+    x = x.contiguous()
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or is_fake(x):
+        return partial(wait, _issue(REDUCE_SCATTER, x, "sum", group_size, group_name))
+    parts = torch.empty_like(x)
+    group = _resolve_process_group(group_name)  # type: ignore[arg-type]
+    _register_work(parts, group.alltoall_base(parts, x, [], []))
+    return lambda: wait(parts).unflatten(0, (group_size, -1)).sum(0)
 
 
 def start_all_reduce(x: Tensor, group_name: str, op: str = "sum") -> Tensor:
     """As :func:`all_reduce`; the result is there after :func:`wait`."""
-    return _issue(torch.ops._c10d_functional.all_reduce.default, x.contiguous(), op, group_name)
+    return _issue(ALL_REDUCE, x.contiguous(), op, group_name)
 
 
 def all_to_all(x: Tensor, received: list[int], sent: list[int], group_name: str) -> Tensor:
     """``(sum(sent), ...)``, the next ``sent[i]`` rows of it for rank i -> ``(sum(received), ...)`` in the same way."""
-    return wait(torch.ops._c10d_functional.all_to_all_single(x.contiguous(), received, sent, group_name))
+    return wait(_FUNCTIONAL.all_to_all_single(x.contiguous(), received, sent, group_name))
 
 
 def wait(x: Tensor) -> Tensor:
-    return _issue(torch.ops._c10d_functional.wait_tensor.default, x)
+    return _issue(_FUNCTIONAL.wait_tensor.default, x)
 
 
 def _issue(operator: Any, *args: Any) -> Tensor:
@@ -124,7 +129,7 @@ def all_gather(x: Tensor, group_size: int, group_name: str) -> Tensor:
 
 def reduce_scatter(x: Tensor, group_size: int, group_name: str) -> Tensor:
     """``(group_size * n, ...)`` on each rank -> this rank's ``(n, ...)`` of the sum."""
-    return wait(start_reduce_scatter(x, group_size, group_name))
+    return start_reduce_scatter(x, group_size, group_name)()
 
 
 def all_reduce(x: Tensor, group_name: str, op: str = "sum") -> Tensor:
@@ -132,12 +137,11 @@ def all_reduce(x: Tensor, group_name: str, op: str = "sum") -> Tensor:
     return wait(start_all_reduce(x, group_name, op))
 
 
-ALL_GATHER = torch.ops._c10d_functional.all_gather_into_tensor.default
+_FUNCTIONAL = torch.ops._c10d_functional
+ALL_GATHER = _FUNCTIONAL.all_gather_into_tensor.default
 DIFFERENTIABLE_ALL_GATHER = torch.ops._c10d_functional_autograd.all_gather_into_tensor.default
-COLLECTIVE_RESULTS = (
-    torch.ops._c10d_functional.reduce_scatter_tensor.default,
-    torch.ops._c10d_functional.all_reduce.default,
-)
+REDUCE_SCATTER, ALL_REDUCE = _FUNCTIONAL.reduce_scatter_tensor.default, _FUNCTIONAL.all_reduce.default
+COLLECTIVE_RESULTS = (REDUCE_SCATTER, ALL_REDUCE)
 
 
 def enable_symmetric_memory(group_name: str) -> None:
@@ -292,8 +296,5 @@ def group_name(argument: object) -> str | None:
         argument = torch.distributed.ProcessGroup.unbox(argument)  # type: ignore[attr-defined]
     if isinstance(argument, torch.distributed.ProcessGroup):
         return argument.group_name
-    return argument if isinstance(argument, str) and argument not in REDUCTIONS else None
-
-
-REDUCTIONS = ("sum", "avg", "product", "min", "max", "band", "bor", "bxor")
-"""What the functional collectives call the ways to reduce."""
+    ways_to_reduce = ("sum", "avg", "product", "min", "max", "band", "bor", "bxor")
+    return argument if isinstance(argument, str) and argument not in ways_to_reduce else None

@@ -68,6 +68,12 @@ def test_pages_name_what_is_there(page) -> None:
     assert [path for path in PATH.findall(text) if not (ROOT / path).exists()] == []
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.suffix == ".md"], ids=relative)
+def test_no_section_of_a_page_is_there_twice(page) -> None:
+    headings = re.findall(r"^#+ .*", page.read_text(), re.MULTILINE)
+    assert sorted(set(headings)) == sorted(headings)
+
+
 def test_every_public_namespace_has_a_page() -> None:
     public = {name for name in fabric_tp.__all__ if inspect.ismodule(getattr(fabric_tp, name))}
     pages = {page.stem for page in ROOT.glob("docs/reference/*.rst")}

@@ -263,9 +263,8 @@ def start_reduce_scatter(x: Tensor, dim: int, size: int, name: str) -> Callable[
     x = fill(x, dim, size)
     if x.shape[:dim].numel() == 1:
         flat = _torch.start_reduce_scatter(x.flatten(0, dim), size, name)
-        return lambda: _unflatten_(_torch.wait(flat), dim)
-    summed = _torch.start_reduce_scatter(torch.cat(x.chunk(size, dim)), size, name)
-    return lambda: _torch.wait(summed)
+        return lambda: _unflatten_(flat(), dim)
+    return _torch.start_reduce_scatter(torch.cat(x.chunk(size, dim)), size, name)
 
 
 def start_reduce(x: Tensor, name: str) -> Callable[[], Tensor]:

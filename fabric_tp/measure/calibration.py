@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from fabric_tp._torch import reduce_scatter
 from fabric_tp.loss import cross_entropy
 from fabric_tp.measure.hardware import Hardware, Link, parse_hardware
 from fabric_tp.measure.operations import Work, record
@@ -156,7 +157,7 @@ def _link(device: torch.device, numbers: int) -> tuple[float, Link, float]:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return 0.0, Link(float("1e15"), 1.0, 0.0), 1.0
-    size, rows = dist.get_world_size(), SIZES[device.type][0]
+    size, rows, name = dist.get_world_size(), SIZES[device.type][0], dist.group.WORLD.group_name  # type: ignore[union-attr]
     a, b = (torch.randn(rows, rows, device=device) for _ in range(2))
 
     def product() -> Tensor:
@@ -170,8 +171,8 @@ def _link(device: torch.device, numbers: int) -> tuple[float, Link, float]:
         return _seconds(lambda: (product(), dist.all_gather(parts, x)), device) - alone
 
     def add(count: int) -> float:
-        x, part = torch.zeros(size * count, device=device), torch.empty(count, device=device)
-        return _seconds(lambda: (product(), dist.reduce_scatter_tensor(part, x)), device) - alone
+        x = torch.zeros(size * count, device=device)
+        return _seconds(lambda: (product(), reduce_scatter(x, size, name)), device) - alone
 
     small = max(gather(16), 1e-7)
     large, summed = (max(run(numbers), 2 * small) for run in (gather, add))

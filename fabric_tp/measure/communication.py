@@ -20,6 +20,7 @@ _KINDS: Mapping[str, CollectiveKind] = {
     "reduce_scatter": "reduce-scatter",
     "all_reduce": "all-reduce",
     "allreduce": "all-reduce",
+    "alltoall_base": "reduce-scatter",  # is issued as one on the CPU, where each rank adds up what it gets
     "all_to_all": "all-to-all",
     "alltoall": "all-to-all",
     "broadcast": "broadcast",

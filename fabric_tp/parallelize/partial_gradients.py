@@ -116,9 +116,7 @@ def _with_local(parameter: nn.Parameter, local: Tensor) -> Tensor:
     grad = parameter.grad
     assert isinstance(grad, DTensor)
     placements = [Replicate() if placement.is_partial() else placement for placement in grad.placements]
-    return DTensor.from_local(
-        local, grad.device_mesh, placements, run_check=False, shape=grad.shape, stride=grad.stride()
-    )
+    return _torch.with_layout(local, _torch.local_and_layout(grad)[1], tuple(placements))
 
 
 def _answer_to_gradient_sync(model: nn.Module, sums: PartialGradients) -> None:

@@ -165,6 +165,7 @@ class Operations(TorchDispatchMode):
         "all_gather_into_tensor": "gather",
         "_allgather_base_": "gather",  # on the CPU
         "reduce_scatter_tensor": "sum",
+        "alltoall_base_": "sum",  # on the CPU
         "all_reduce": "sum",
         "wait_tensor": "wait",
     }
@@ -183,10 +184,10 @@ class Operations(TorchDispatchMode):
         if name:
             self.alive.append({number for number, each in enumerate(self._results) if not each.expired()})
         if name == "sum":
-            self.inputs.append(args[0].to("meta"))
+            self.inputs.append(args[operation.__name__.startswith("alltoall")].to("meta"))
         result = operation(*args, **(kwargs or {}))
         if name:
             self.names.append(name)
-            made = args[0] if name == "gather" and not isinstance(result, Tensor) else result
+            made = result if isinstance(result, Tensor) else args[0]
             self._results.append(StorageWeakRef(made.untyped_storage()))
         return result

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 AG, RS, AR = "all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"
+ON_CPU = {"_allgather_base_": AG, "alltoall_base_": RS}
 
 
 class Watch(TorchDispatchMode):
@@ -39,8 +40,8 @@ class Collectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = operation.overloadpacket.__name__
-        if name == "_allgather_base_":  # on the CPU
-            self.counts["all_gather_into_tensor"] += 1
+        if name in ON_CPU:
+            self.counts[ON_CPU[name]] += 1
         elif operation.namespace == "c10d":
             raise AssertionError(f"{name} is not counted")
         if operation.namespace == "_c10d_functional" and name != "wait_tensor":

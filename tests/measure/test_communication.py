@@ -36,7 +36,14 @@ def count(options: dict[str, Any], layers: int, name: str, size: int) -> tuple[C
 class Collectives(TorchDispatchMode):
     """Counts them. Torch's CommDebugMode would put nodes of its own between those of modules in the graph."""
 
-    NAMES = {"all_gather": "AG", "allgather": "AG", "reduce_scatter": "RS", "all_reduce": "AR", "allreduce": "AR"}  # noqa: RUF012
+    NAMES = {  # noqa: RUF012
+        "all_gather": "AG",
+        "allgather": "AG",
+        "reduce_scatter": "RS",
+        "alltoall": "RS",  # on the CPU
+        "all_reduce": "AR",
+        "allreduce": "AR",
+    }
 
     def __init__(self) -> None:
         super().__init__()

@@ -138,7 +138,7 @@ class _Trace(TorchDispatchMode):
         name = str(operation)
         if "_c10d_functional.wait_tensor" in name:
             self.events.append(("wait", args[0].data_ptr()))
-        elif "_c10d_functional" in name or "_allgather_base_" in name:
+        elif "_c10d_functional" in name or "_allgather_base_" in name or "alltoall_base_" in name:
             made = result if isinstance(result, Tensor) else args[0]
             self.alive.append(made)
             self.events.append(("issue", made.data_ptr()))
