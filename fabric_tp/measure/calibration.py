@@ -58,7 +58,7 @@ def measure_rank(device: torch.device) -> Hardware:
     flops = {name: _product_rate(device, rows, getattr(torch, name)) for name in ("float32", "bfloat16")}
     x = torch.randn(numbers, device=device)
     bandwidth = 3 * 4 * numbers / _seconds(lambda: x + x, device)  # into new memory, as in a step
-    fixed, link, adding = _link(device, gathered)
+    fixed, link, adds = _link(device, gathered)
     shares: dict[Work, float] = {
         "products": 1.0,
         "attention": min(1.0, _attention_rate(device) / flops["float32" if device.type == "cpu" else "bfloat16"]),
@@ -75,8 +75,8 @@ def measure_rank(device: torch.device) -> Hardware:
         shares=shares,
         kernel=_seconds(lambda: _train_little(device), device) / (2 * CHAIN),
         collective=fixed,
-        adding=adding,
         processor=link.bandwidth if device.type == "cpu" else None,
+        processor_adds=adds if device.type == "cpu" else None,
     )
     attained = _attained_in_a_step(hardware, device)
     return replace(hardware, shares={work: share * attained for work, share in hardware.shares.items()})
@@ -149,14 +149,15 @@ def _attention_rate(device: torch.device) -> float:
     return executed / _seconds(lambda: scaled_dot_product_attention(q, k, v, is_causal=True), device)
 
 
-def _link(device: torch.device, numbers: int) -> tuple[float, Link, float]:
-    """Seconds of a gather of next to nothing, the link by which a large one takes longer, and what a sum attains of it.
+def _link(device: torch.device, numbers: int) -> tuple[float, Link, float | None]:
+    """Seconds of a gather of next to nothing, the link by which a large one takes longer, and by how much longer still
+    one takes that adds up, in bytes a second; None if it does not.
 
     Each between products: ranks that come from one are not there at the same moment, and on a CPU the collective's
     threads must be woken.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return 0.0, Link(float("1e15"), 1.0, 0.0), 1.0
+        return 0.0, Link(float("1e15"), 1.0, 0.0), None
     size, rows, name = dist.get_world_size(), SIZES[device.type][0], dist.group.WORLD.group_name  # type: ignore[union-attr]
     a, b = (torch.randn(rows, rows, device=device) for _ in range(2))
 
@@ -176,8 +177,8 @@ def _link(device: torch.device, numbers: int) -> tuple[float, Link, float]:
 
     small = max(gather(16), 1e-7)
     large, summed = (max(run(numbers), 2 * small) for run in (gather, add))
-    bandwidth = 4 * numbers * (size - 1) / (large - small)
-    return small, Link(bandwidth, 1.0, 0.0), min(1.0, (large - small) / (summed - small))
+    sent = 4 * numbers * (size - 1)
+    return small, Link(sent / (large - small), 1.0, 0.0), sent / (summed - large) if summed > large else None
 
 
 def _memory(device: torch.device) -> int:

@@ -62,11 +62,11 @@ class Hardware:
     """Seconds to start an operation."""
     collective: float = 1.5e-5
     """Seconds to start a collective."""
-    adding: float = 1.0
-    """Of a link's bandwidth, what collectives attain that add up, against one that only gathers."""
     processor: float | None = None
     """Bytes a second at which a device's own processor moves what it sends, and computes nothing else meanwhile, as a
     CPU does; None where other parts do that."""
+    processor_adds: float | None = None
+    """Bytes a second at which the processor adds up what has come; None where that takes no time of its own."""
 
     def seconds(self, operation: Operation, fused: bool = False) -> float:
         """That an operation takes."""
@@ -104,19 +104,25 @@ class Hardware:
     def collective_seconds(self, collective: Collective, stride: int) -> float:
         link = self.link(stride, collective.size)
         steps = (collective.size - 1) * (2 if collective.kind == "all-reduce" else 1)
-        return (
-            self.collective
-            + steps * link.latency
-            + collective.sent / (link.bandwidth * link.share * self._adding(collective))
-        )
+        sending = steps * link.latency + collective.sent / (link.bandwidth * link.share)
+        return self.collective + sending + self._adding_seconds(collective)
+
+    def link_seconds(self, collective: Collective, stride: int) -> float:
+        """For which the next collective has to wait; a processor starts it and adds up beside the next one."""
+        seconds = self.collective_seconds(collective, stride)
+        if self.processor is None:
+            return seconds
+        return seconds - self.collective - self._adding_seconds(collective)
 
     def processor_seconds(self, collective: Collective) -> float:
+        """For which the device computes nothing."""
         if self.processor is None:
-            return 0.0  # it keeps nothing from computing
-        return self.collective + collective.sent / (self.processor * self._adding(collective))
+            return 0.0
+        return self.collective + collective.sent / self.processor + self._adding_seconds(collective)
 
-    def _adding(self, collective: Collective) -> float:
-        return self.adding if collective.kind in ("reduce-scatter", "all-reduce") else 1.0
+    def _adding_seconds(self, collective: Collective) -> float:
+        adds = {"reduce-scatter": 1.0, "all-reduce": 0.5}.get(collective.kind, 0.0)  # of what is sent
+        return adds * collective.sent / self.processor_adds if self.processor_adds else 0.0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"

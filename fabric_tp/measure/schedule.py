@@ -104,10 +104,10 @@ class _Run:
         gather = issue.number is None and collective.kind == "all-gather"
         ready = self._gathers_from if gather else self._now
         seconds = self._hardware.collective_seconds(collective, self._strides.get(axis, 1))
-        end = max(ready, self._free.get(axis, 0.0)) + seconds
-        self._free[axis] = end
+        start = max(ready, self._free.get(axis, 0.0))
+        self._free[axis] = start + self._hardware.link_seconds(collective, self._strides.get(axis, 1))
         self._add(self._busy, axis, seconds)
-        running = _Running(axis, end, seconds, self._hardware.processor_seconds(collective))
+        running = _Running(axis, start + seconds, seconds, self._hardware.processor_seconds(collective))
         if issue.number is not None:
             self._ends[issue.number] = running
         else:

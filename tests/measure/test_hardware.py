@@ -35,10 +35,24 @@ def test_a_collective_takes_its_bytes_and_its_steps() -> None:
     assert machine.collective_seconds(gather, stride=1) == 7 + 3 * 2 + 300 / 50
     summed = replace(gather, kind="all-reduce")
     assert machine.collective_seconds(summed, stride=1) == 7 + 6 * 2 + 600 / 50
-    assert replace(machine, adding=0.5).collective_seconds(summed, stride=1) == 7 + 6 * 2 + 600 / 25
-    assert replace(machine, adding=0.5).collective_seconds(gather, stride=1) == 7 + 3 * 2 + 300 / 50
-    assert machine.processor_seconds(gather) == 0
-    assert replace(machine, processor=10.0, adding=0.5).processor_seconds(summed) == 7 + 600 / 5
+    assert machine.processor_seconds(summed) == 0
+    assert machine.link_seconds(summed, stride=1) == machine.collective_seconds(summed, stride=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sending", "adding"),
+    [
+        ("all-gather", 3 * 2 + 300 / 50, 0),
+        ("reduce-scatter", 3 * 2 + 300 / 50, 300 / 25),
+        ("all-reduce", 6 * 2 + 600 / 50, 300 / 25),
+    ],
+)
+def test_a_processor_starts_collectives_and_adds_up_beside_others(kind, sending, adding) -> None:
+    cpu = replace(H100, inside=Link(100.0, 0.5, 2.0), collective=7.0, processor=10.0, processor_adds=25.0)
+    collective = Collective(kind, "tensor_parallel", 4, 400, "")
+    assert cpu.collective_seconds(collective, stride=1) == 7 + sending + adding
+    assert cpu.link_seconds(collective, stride=1) == sending
+    assert cpu.processor_seconds(collective) == 7 + collective.sent / 10 + adding
 
 
 def test_a_file_says_the_same(tmp_path) -> None:
@@ -83,5 +97,5 @@ def test_links_between_ranks_are_measured() -> None:
     assert found.devices == 2
     assert 1e7 < found.inside.bandwidth < 1e12
     assert 0 < found.collective < 0.1
-    assert 0 < found.adding <= 1
+    assert found.processor_adds is None or found.processor_adds > 1e7
     assert found.processor == found.inside.bandwidth

@@ -58,6 +58,13 @@ def test_a_processor_that_moves_what_it_sends_computes_later() -> None:
     assert partly.seconds == pytest.approx(3 + 2 / 3)
 
 
+def test_a_processor_starts_a_collective_while_the_link_has_another() -> None:
+    """One second to start, three on the link; what is hidden of the second one costs the processor half a second."""
+    cpu = replace(MACHINE, processor=3.0, collective=1.0)
+    assert schedule([issue(0), issue(1), Wait(0), Wait(1)], cpu, STRIDES).seconds == 7.5
+    assert schedule([issue(0), issue(1), Wait(0), Wait(1)], replace(cpu, processor=None), STRIDES).seconds == 8
+
+
 def test_collectives_of_an_axis_come_one_after_the_other() -> None:
     assert times(issue(0), issue(1), Wait(1))[0] == 6
     assert times(issue(0), issue(1, "data_parallel"), Wait(0), Wait(1))[0] == 3
