@@ -108,16 +108,15 @@ class Hardware:
         return self.collective + sending + self._adding_seconds(collective)
 
     def link_seconds(self, collective: Collective, stride: int) -> float:
-        """For which the next collective has to wait; a processor starts it and adds up beside the next one."""
+        # For which the next collective has to wait: a processor starts one and adds up beside the next.
         seconds = self.collective_seconds(collective, stride)
         if self.processor is None:
             return seconds
         return seconds - self.collective - self._adding_seconds(collective)
 
     def processor_seconds(self, collective: Collective) -> float:
-        """For which the device computes nothing."""
         if self.processor is None:
-            return 0.0
+            return 0.0  # it keeps nothing from computing
         return self.collective + collective.sent / self.processor + self._adding_seconds(collective)
 
     def _adding_seconds(self, collective: Collective) -> float:
