@@ -54,9 +54,11 @@ class Coefficients(NamedTuple):
     of_all: Tensor | None
     """To be added to all columns; None without label smoothing."""
 
-    def at(self, rows: slice) -> Coefficients:
-        of_all = None if self.of_all is None else self.of_all[rows]
-        return Coefficients(self.of_exponentials[rows], self.of_target[rows], of_all)
+    def split(self, size: int) -> list[Coefficients]:
+        """For so many rows at a time."""
+        exponentials, targets = self.of_exponentials.split(size), self.of_target.split(size)
+        of_all = [None] * len(targets) if self.of_all is None else self.of_all.split(size)
+        return [Coefficients(*parts) for parts in zip(exponentials, targets, of_all, strict=True)]
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -75,13 +77,13 @@ class Formula:
         """``(n,)``, in the dtype of the logits, which may be any; 0 for the targets of other ranks."""
         return logits.gather(1, targets.column[:, None]).squeeze(1).masked_fill_(targets.elsewhere, 0)
 
-    def sums_(self, shifted: Tensor) -> tuple[Tensor, Tensor | None]:
+    def sums_(self, shifted: Tensor) -> tuple[Tensor, ...]:
         """Of the exponentials of logits less a maximum, ``(n,)``, and of the latter themselves, if those count.
 
         ``shifted``, the logits less a maximum, become the exponentials.
         """
-        total = shifted.sum(-1) if self.options.label_smoothing else None
-        return shifted.exp_().sum(-1), total
+        totals = (shifted.sum(-1),) if self.options.label_smoothing else ()
+        return shifted.exp_().sum(-1), *totals
 
     def own_statistics_(self, logits: Tensor, targets: LocalTargets) -> Tensor:
         """:class:`Statistics` ``(4, n)`` of this rank's columns, with their own maximum.
@@ -91,8 +93,8 @@ class Formula:
         # Of columns that are all minus infinity, as some padding is, the exponentials are 0 and not nan.
         maximum = logits.amax(-1).clamp_(min=torch.finfo(logits.dtype).min)
         target = self.target_logits(logits, targets)
-        denominator, total = self.sums_(logits.sub_(maximum[:, None]))
-        return torch.stack((maximum, denominator, target, torch.zeros_like(maximum) if total is None else total))
+        denominator, *totals = self.sums_(logits.sub_(maximum[:, None]))
+        return torch.stack((maximum, denominator, target, *(totals or (torch.zeros_like(maximum),))))
 
     def over_ranks(self, own: Tensor) -> Statistics:
         """Of all columns, from ``(4, n)`` of each rank's; one all-gather."""

@@ -18,6 +18,8 @@ from fabric_tp.loss.targets import Vocabulary
 
 CHUNK_ELEMENTS = 2**22
 """Logits that are turned into fp32 at a time, so that no fp32 copy of all of them exists."""
+CHUNKS = 64
+"""Chunks at most, however many logits there are: a device takes less time for a small one than it takes to be told."""
 
 
 def vocab_parallel_loss(logits: Tensor, targets: Tensor, vocabulary: Vocabulary, options: LossOptions) -> Tensor:
@@ -41,12 +43,10 @@ class _VocabParallel(Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor, formula: Formula) -> Tensor:
         ignored, local = targets == formula.options.ignore_index, formula.vocabulary.locate(targets)
         maximum = maximum_over_ranks(logits.amax(-1).to(wide(logits.dtype)), formula.vocabulary.group)
-        sums = maximum.new_empty(3 if formula.options.label_smoothing else 2, len(targets))
-        sums[1] = formula.target_logits(logits, local)
-        for rows in _chunks(logits):
-            sums[0, rows], total = formula.sums_(_shifted(logits[rows], maximum[rows]))
-            if total is not None:
-                sums[2, rows] = total
+        size = _chunk_size(logits)
+        chunks = zip(logits.split(size), maximum[:, None].split(size), strict=True)
+        exponentials, *totals = map(torch.cat, zip(*(formula.sums_(part - top) for part, top in chunks), strict=True))
+        sums = torch.stack((exponentials, formula.target_logits(logits, local).to(maximum.dtype), *totals))
         sums = sum_over_ranks(sums, formula.vocabulary.group)
         losses = formula.loss(Statistics(maximum, *sums))
         # Not their logarithm: next to a large maximum it loses its digits.
@@ -59,17 +59,14 @@ class _VocabParallel(Function):
         logits, column, elsewhere, ignored, maximum, denominator = ctx.saved_tensors
         coefficients = ctx.formula.coefficients(grad.masked_fill(ignored, 0), maximum, denominator, elsewhere)
         result = torch.empty_like(logits)
-        for rows in _chunks(logits):
-            part = _shifted(logits[rows], maximum[rows]).exp_()
-            result[rows] = ctx.formula.gradient_(part, coefficients.at(rows), column[rows])
+        size = _chunk_size(logits)
+        split = (each.split(size) for each in (result, logits, maximum[:, None], coefficients, column))
+        for grads, part, top, factors, columns in zip(*split, strict=True):
+            grads.copy_(ctx.formula.gradient_((part - top).exp_(), factors, columns))
         return result, None, None
 
 
-def _shifted(logits: Tensor, maximum: Tensor) -> Tensor:
-    return logits.to(maximum.dtype) - maximum[:, None]
-
-
-def _chunks(logits: Tensor) -> list[slice]:
+def _chunk_size(logits: Tensor) -> int:
+    """In rows. Of logits of less than fp32 the difference to an fp32 maximum is the first that is in fp32."""
     rows, columns = logits.shape
-    size = max(1, CHUNK_ELEMENTS // max(1, columns))
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    return max(1, CHUNK_ELEMENTS // max(1, columns), -(-rows // CHUNKS))

@@ -105,11 +105,13 @@ def extended(few: Sequence[Event], more: Sequence[Event], times: int) -> tuple[E
     first = next((index for index, pair in enumerate(zip(few, more, strict=False)) if not _are_alike(*pair)), len(few))
     last = len(more) - (len(few) - first)
     pairs = zip(few, (*more[:first], *more[last:]), strict=True)
-    events = [one.extended(other, times) for one, other in pairs]
+    events = [one if one == other else one.extended(other, times) for one, other in pairs]
     return (*events[:first], *(tuple(more[first:last]) * times), *events[first:])
 
 
 def _are_alike(one: Event, other: Event) -> bool:
+    if one == other:
+        return True
     try:
         one.extended(other, 0)
     except ValueError:

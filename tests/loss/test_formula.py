@@ -34,9 +34,9 @@ def agreed_maximum(ranks: list[Formula], parts: list[Tensor], targets: Tensor) -
     maximum = torch.cat(parts, -1).amax(-1)
     each = list(zip(ranks, parts, strict=True))
     target = torch.stack([rank.target_logits(part, rank.vocabulary.locate(targets)) for rank, part in each]).sum(0)
-    (first, first_total), (second, second_total) = [rank.sums_(part.sub_(maximum[:, None])) for rank, part in each]
-    total = None if first_total is None or second_total is None else first_total + second_total
-    return Statistics(maximum, first + second, target, total), [None, None]
+    sums = [torch.stack(rank.sums_(part.sub_(maximum[:, None]))) for rank, part in each]
+    denominator, *totals = sum(sums)
+    return Statistics(maximum, denominator, target, *totals), [None, None]
 
 
 def own_maxima(ranks: list[Formula], parts: list[Tensor], targets: Tensor) -> Combined:

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import loss_parallel
 
 import fabric_tp
+from fabric_tp._torch import OperationMode
 from fabric_tp.loss import vocab_parallel
 from fabric_tp.measure.memory import MemoryTracker
 from fabric_tp.shards import gather_shards
@@ -152,11 +153,38 @@ def test_bf16(pool, size) -> None:
     pool(size)(bf16_as_exact_as_its_rounding, size)
 
 
-@pytest.mark.parametrize("elements", [1, 24, 100])
-def test_chunks(monkeypatch, elements) -> None:
+class Chunks(OperationMode):
+    """Rows of the logits of which the exponentials are taken at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+
+    def see(self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if operation is torch.ops.aten.exp_.default:
+            self.rows.append(len(args[0]))
+        return operation(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("elements", "most", "sizes"),
+    [
+        (1, 64, 24 * [1]),
+        (24, 64, 24 * [1]),
+        (100, 64, 6 * [4]),
+        (2**22, 64, [24]),
+        (1, 5, [5, 5, 5, 5, 4]),
+        (100, 5, [5, 5, 5, 5, 4]),
+    ],
+)
+def test_chunks(monkeypatch, elements, most, sizes) -> None:
+    """Of 24 rows of 24 logits."""
     monkeypatch.setattr(vocab_parallel, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(vocab_parallel, "CHUNKS", most)
     logits, targets = logits_and_targets((3, 8, 24))
-    assert_like_reference(logits, ignore_some(targets, 3), None, **OPTIONS["all"])
+    with Chunks() as chunks:
+        assert_like_reference(logits, ignore_some(targets, 3), None, **OPTIONS["all"])
+    assert chunks.rows == 2 * sizes  # in the forward and in the backward
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
