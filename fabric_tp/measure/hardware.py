@@ -27,7 +27,7 @@ class Link:
 
 
 _SHARES: dict[Work, float] = {"products": 0.52, "attention": 0.35, "other operations": 0.85}
-_NVLINK = {"share": 0.43, "latency": 1e-6}
+_NVLINK = {"share": 0.42, "latency": 1e-6}
 _NETWORK = {"share": 0.85, "latency": 4e-6}
 """Attained in whole training steps, waiting for the slowest rank included; ``python -m benchmarks.predicted`` fits the
 products' and NVLink's to some of the published steps, and compares the others."""
