@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,7 +38,9 @@ def fake_mesh(data_parallel_size: int, tensor_parallel_size: int, device_type: s
             "This process has a process group, and one rank of another mesh cannot be played beside it. Call it before"
             " Fabric launches, or run `fabric-tp estimate` in a process of its own."
         )
+    excepthook = sys.excepthook
     dist.init_process_group("fake", rank=0, world_size=data_parallel_size * tensor_parallel_size)
+    sys.excepthook = excepthook  # not one that says of which rank an error is
     try:
         shape = (data_parallel_size, tensor_parallel_size)
         yield init_device_mesh(device_type, shape, mesh_dim_names=(DATA_PARALLEL, TENSOR_PARALLEL))

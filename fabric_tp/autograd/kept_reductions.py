@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +18,20 @@ from fabric_tp.autograd.halves import Half, current_half, give_way
 from fabric_tp.autograd.recompute import Recomputable, let_go, producer_of, saved
 
 
-class _Results(threading.local):
-    """Results of the block that is being computed in this thread, of each half of the batch if they take turns, and how
-    often a half gave way for one: where to add one, or where to take one from."""
+class _Kept(NamedTuple):
+    result: Tensor
+    turns: int
+    """How often a half gave way for it."""
+    is_ahead: bool
+    """Whether the half was ahead afterwards."""
 
-    kept: dict[int, list[tuple[Tensor, int]]] | None = None
-    taken: dict[int, Iterator[tuple[Tensor, int]]] | None = None
+
+class _Results(threading.local):
+    """Results of the block that is being computed in this thread, of each half of the batch if they take turns: where
+    to add one, or where to take one from."""
+
+    kept: dict[int, list[_Kept]] | None = None
+    taken: dict[int, Iterator[_Kept]] | None = None
 
 
 _results = _Results()
@@ -48,7 +56,7 @@ def kept_reductions() -> tuple[AbstractContextManager[None], AbstractContextMana
 
     They are what ``torch.utils.checkpoint``'s ``context_fn`` is to return, by themselves or with others around them.
     """
-    results: dict[int, list[tuple[Tensor, int]]] = {}
+    results: dict[int, list[_Kept]] = {}
     taken: Callable[[], Any] = lambda: {half: iter(kept) for half, kept in results.items()}  # noqa: E731
     return _Setting("kept", lambda: results), _Setting("taken", taken)
 
@@ -67,14 +75,15 @@ def reduction(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     inputs = tuple(x if producer_of(x) is not None else _Keep.apply(x) for x in inputs)
     half = current_half() or Half(0, 0, 0)
     if _results.taken is not None:
-        result, turns = next(_results.taken[half.index])
-        for _ in range(turns):  # as the first time, so that the halves keep what they keep in the same order
+        kept = next(_results.taken[half.index])
+        for _ in range(kept.turns):  # as the first time, so that the halves keep what they keep in the same order
             give_way()
-        return result.detach().requires_grad_()
+        half.is_ahead = kept.is_ahead
+        return kept.result.detach().requires_grad_()
     before = half.turns
     result = function(*inputs)
     assert _results.kept is not None
-    _results.kept.setdefault(half.index, []).append((result.detach(), half.turns - before))
+    _results.kept.setdefault(half.index, []).append(_Kept(result.detach(), half.turns - before, half.is_ahead))
     return result
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
@@ -49,10 +49,8 @@ class Estimate(CountedStep):
 
     @property
     def least_peak(self) -> int:
-        """Parameters and optimizer state live always; activations and logits while there are no gradients yet."""
-        least = self.least
-        always = least["parameters"] + least["optimizer state"] + least["collective buffers"]
-        return always + max(least["activations"] + least["logits and loss"], least["gradients"])
+        """What always lives, and the more of activations with logits, and gradients: they are not there at once."""
+        return peak_of(self.least)
 
     @property
     def tokens(self) -> int:
@@ -142,7 +140,7 @@ def estimate(
     whole = meta_model(config)
     parallelize.check(whole, tensor_parallel_size=tensor_parallel_size)
     sizes = {"tensor_parallel_size": tensor_parallel_size, "data_parallel_size": data_parallel_size}
-    least = _least(whole, parallelize, sizes, batch[0] * batch[1], precision)
+    least = least_of(whole, parallelize, sizes, batch[0] * batch[1], precision)
     shape: dict[str, Any] = {**sizes, "micro_batch_size": batch[0], "sequence_length": batch[1], "precision": precision}
     blocks: Any = whole.get_submodule("transformer.h")
     short = [each for layers in (FEW, FEW + 1) if (each := with_few_layers(config, blocks, layers)) is not None]
@@ -189,9 +187,16 @@ def _check_arguments(precision: str, **sizes: int) -> None:
             raise ValueError(f"{name}={number} must be at least 1.")
 
 
-def _least(
+def peak_of(least: Mapping[str, int]) -> int:
+    """Parameters and optimizer state live always; activations and logits while there are no gradients yet."""
+    always = least["parameters"] + least["optimizer state"] + least["collective buffers"]
+    return always + max(least["activations"] + least["logits and loss"], least["gradients"])
+
+
+def least_of(
     model: nn.Module, parallelize: Parallelize, sizes: dict[str, int], tokens: int, precision: Precision
 ) -> dict[str, int]:
+    """Bytes of each kind on each rank that a litgpt model needs by formula; nothing is counted for it."""
     from fabric_tp.architectures.litgpt.memory import least_memory
 
     blocks: Any = model.get_submodule("transformer.h")
@@ -201,6 +206,7 @@ def _least(
         tokens=tokens,
         precision=precision,
         activation_checkpointing=parallelize.activation_checkpointing,
+        reshard_after_forward=parallelize.reshard_after_forward,
         fused_loss=parallelize.fused_loss,
         quantized=sum(weight.numel() for weight in quantizable(blocks)) if parallelize.quantize else 0,
     )

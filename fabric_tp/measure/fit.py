@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from fabric_tp.measure.estimation import Estimate, Precision, estimate
+from fabric_tp.measure.estimation import Estimate, Precision, estimate, least_of, peak_of
 from fabric_tp.parallelize import ActivationCheckpointing, Parallelize, litgpt
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ def fit(
     """The ways to train on so many devices that fit, at most one for each mesh.
 
     On each mesh the options are tried from the fastest to the leanest: without activation checkpointing, selective,
-    full; each without and with freeing gathered parameters after the forward. The first that fits is the one.
-    :func:`cheapest` sorts them.
+    full; each without and with freeing gathered parameters after the forward. The first that fits is the one. What a
+    formula says cannot fit is not counted. :func:`cheapest` sorts them.
 
     Args:
         model: As in :func:`estimate`, like the other arguments.
@@ -39,15 +39,11 @@ def fit(
         max_tensor_parallel_size: The devices of one machine.
     """
     parallelize = parallelize or litgpt()
-    sizes: dict[str, Any] = {
-        "micro_batch_size": micro_batch_size,
-        "sequence_length": sequence_length,
-        "precision": precision,
-    }
+    batch: dict[str, Any] = {"micro_batch_size": micro_batch_size, "sequence_length": sequence_length}
     from fabric_tp.architectures.litgpt.config import load_config, meta_model
 
     config = load_config(model)
-    whole = meta_model(config)
+    whole, tokens = meta_model(config), micro_batch_size * (sequence_length or config.block_size)
     for size in range(1, min(devices, max_tensor_parallel_size) + 1):
         if devices % size:
             continue
@@ -55,9 +51,11 @@ def fit(
             parallelize.check(whole, tensor_parallel_size=size)
         except ValueError:
             continue
-        sizes |= {"tensor_parallel_size": size, "data_parallel_size": devices // size}
+        sizes = {"tensor_parallel_size": size, "data_parallel_size": devices // size}
         for option in _from_fast_to_lean(parallelize, devices // size):
-            found = estimate(config, option, **sizes)
+            if peak_of(least_of(whole, option, sizes, tokens, precision)) > memory:
+                continue
+            found = estimate(config, option, **sizes, **batch, precision=precision)
             if found.memory.peak <= memory:
                 yield found
                 break

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from fabric_tp.styles.quantized import Quantization
 
-ActivationCheckpointing = Literal["none", "full", "selective"]
+ActivationCheckpointing = Literal["none", "selective", "full"]
 MixedPrecision = Literal["bf16-mixed"]
 
 
@@ -19,7 +19,7 @@ class BlockOptions:
 
     activation_checkpointing: ActivationCheckpointing = "none"
     """``"none"``; ``"full"``: keep only each block's input and compute the block again in the backward;
-    ``"selective"``: also keep the results of attention and of reductions."""
+    ``"selective"``: also keep the results of attention and of reductions, which takes less time."""
     compile: bool = False
     """Compile the forward of each block: one graph of plain tensors and collectives for all that are alike. It keeps
     what a block keeps that is not compiled; without ``sequence_parallel``, also outputs of norms."""
@@ -44,7 +44,7 @@ class BlockOptions:
     them from ``fabric_tp.checkpoint.load``; they are in no checkpoint of ``fabric.save``."""
 
     def __post_init__(self) -> None:
-        _check_choice("activation_checkpointing", self.activation_checkpointing, ("none", "full", "selective"))
+        _check_choice("activation_checkpointing", self.activation_checkpointing, get_args(ActivationCheckpointing))
         _check_choice("quantize", self.quantize, (None, *get_args(Quantization)))
         if not isinstance(self.mixed_precision, MixedPrecisionPolicy):
             _check_choice("mixed_precision", self.mixed_precision, (None, "bf16-mixed"))

@@ -12,7 +12,7 @@ import torch
 from jsonargparse import auto_cli
 from torch import nn
 
-from fabric_tp.parallelize import Parallelize, auto
+from fabric_tp.parallelize import ActivationCheckpointing, Parallelize, auto
 from fabric_tp.plan import CannotSplit
 from fabric_tp.testing.generation import Generated, OwnGenerate, compare_generated
 from fabric_tp.testing.parity import BuildModel, Report, compare, next_token_loss
@@ -45,6 +45,7 @@ def main(
     loss_parallel: bool = True,
     replicate_attention: bool = False,
     overlap: bool = False,
+    activation_checkpointing: ActivationCheckpointing = "none",
     only: str = "",
     every: int = 1,
     steps: int = 1,
@@ -64,6 +65,7 @@ def main(
         loss_parallel: As in fabric_tp.auto.
         replicate_attention: As in fabric_tp.auto.
         overlap: As in fabric_tp.auto, with batches of four.
+        activation_checkpointing: As in fabric_tp.auto.
         only: Take only models whose name contains this.
         every: Take only every so manieth model.
         steps: Optimizer steps whose weights to compare.
@@ -76,6 +78,7 @@ def main(
         loss_parallel=loss_parallel,
         replicate_attention=replicate_attention,
         overlap=overlap,
+        activation_checkpointing=activation_checkpointing,
     )
     ranks = Ranks(data_parallel_size * tensor_parallel_size)
     sizes = (data_parallel_size, tensor_parallel_size)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from fabric_tp.measure.estimation import Precision, estimate
 from fabric_tp.measure.fit import cheapest, fit
 from fabric_tp.measure.step import count_step, default_dtype
 from fabric_tp.mesh import fake_mesh
+from fabric_tp.parallelize import ActivationCheckpointing
 from fabric_tp.testing.ranks import mesh
 from tests.models import VOCABULARY, litgpt_config
 
@@ -201,13 +203,14 @@ def test_leaves_no_trace() -> None:
     config = config_of("pythia-14m")
     before = copy.deepcopy(config)
     torch.manual_seed(3)
-    expected = torch.rand(1)
+    expected, excepthook = torch.rand(1), sys.excepthook
     torch.manual_seed(3)
     estimate(config, data_parallel_size=2, tensor_parallel_size=2)
     assert torch.rand(1) == expected
     assert config == before
     assert not dist.is_initialized()
     assert torch.get_default_dtype() == torch.float32
+    assert sys.excepthook is excepthook
     estimated_step("pythia-14m", (1, 2), {})  # and again, with another mesh
 
 
@@ -263,17 +266,34 @@ def test_table_and_json_and_kinds_that_add_up() -> None:
 
 @pytest.mark.sweep
 def test_fit_takes_the_first_option_that_fits() -> None:
-    config, sizes = litgpt_config("Llama-3-8B", **{**WIDE, "n_layer": 2}), {"micro_batch_size": 16}
-    roomy = list(fit(config, memory=2**40, devices=2, **sizes))
-    assert [(each.data_parallel_size, each.tensor_parallel_size) for each in roomy] == [(2, 1), (1, 2)]
-    assert {each.parallelize.activation_checkpointing for each in roomy} == {"none"}
-    one_byte_less = list(fit(config, memory=roomy[-1].memory.peak - 1, devices=2, **sizes))
-    assert one_byte_less[-1].parallelize.activation_checkpointing != "none"
+    config, sizes = litgpt_config("Llama-3-8B", **{**WIDE, "n_layer": 6}), {"micro_batch_size": 16}
+    memory = 2**40
+    for checkpointing in ("none", "selective", "full"):  # with one byte less than the one before takes
+        found = list(fit(config, memory=memory, devices=2, **sizes))
+        assert [(each.data_parallel_size, each.tensor_parallel_size) for each in found][-1] == (1, 2)
+        assert found[-1].parallelize.activation_checkpointing == checkpointing
+        assert len(found) == 2 or checkpointing != "none"
+        memory = found[-1].memory.peak - 1
 
 
-@pytest.mark.sweep
-def test_nothing_fits_a_byte() -> None:
+def test_what_cannot_fit_is_not_counted(monkeypatch) -> None:
+    monkeypatch.setattr(sys.modules["fabric_tp.measure.fit"], "estimate", None)
     assert list(fit(litgpt_config("Llama-3-8B", **WIDE), memory=1, devices=4)) == []
+
+
+@pytest.mark.swept(lambda p: (p["name"], p["precision"]) != ("Llama-3-8B", "bf16-true"))
+@pytest.mark.parametrize("name", ["Llama-3-8B", "Mixtral-8x7B-v0.1", "pythia-14m", "falcon-40b"])
+@pytest.mark.parametrize("precision", get_args(Precision))
+@pytest.mark.parametrize("checkpointing", get_args(ActivationCheckpointing))
+@pytest.mark.parametrize("reshard_after_forward", [True, False])
+def test_the_limit_is_below_what_is_counted(name, precision, checkpointing, reshard_after_forward) -> None:
+    for overlap in (False, True):
+        parallelize = fabric_tp.litgpt(
+            activation_checkpointing=checkpointing, reshard_after_forward=reshard_after_forward, overlap=overlap
+        )
+        sizes: dict[str, Any] = {"tensor_parallel_size": 2, "data_parallel_size": 2, "micro_batch_size": 8}
+        found = estimate(litgpt_config(name, **WIDE), parallelize, **sizes, precision=precision)
+        assert found.least_peak <= found.memory.peak
 
 
 @pytest.mark.sweep

@@ -71,6 +71,14 @@ def test_litgpt(pool, name) -> None:
     assert_overlapped_equals(pool, GPT[name], fabric_tp.litgpt(overlap=True, fused_loss=name != "adapters"))
 
 
+@pytest.mark.swept(lambda p: p["name"] != "experts")
+@pytest.mark.parametrize("name", GPT)
+def test_litgpt_checkpointed(pool, name) -> None:
+    """Whose halves take turns in the same places when they are computed again."""
+    parallelize_fn = fabric_tp.litgpt(overlap=True, activation_checkpointing="selective")
+    assert_overlapped_equals(pool, GPT[name], parallelize_fn)
+
+
 TYPES = ["gpt2", "mistral", "deepseek_v3", "gpt_oss", "qwen3_moe", "gemma3_text", "bloom", "falcon", "mpt", "opt"]
 
 

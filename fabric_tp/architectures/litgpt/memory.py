@@ -19,6 +19,7 @@ def least_memory(
     tokens: int,
     precision: str,
     activation_checkpointing: str,
+    reshard_after_forward: bool,
     fused_loss: bool,
     quantized: int = 0,
 ) -> dict[str, int]:
@@ -30,8 +31,9 @@ def least_memory(
     and e bytes a number, a layer must keep for the backward, of each token, the inputs of attention and MLP, the
     attention's q, k, v and result, and what the MLP's first layers give: ``e (2 h + 2 q + 2 k + 2 f) / t`` (one f
     without a gate; times the experts that a token visits); with full checkpointing ``e h / t``, and with selective
-    ``e (2 h + q) / t``. The logits take ``(e + 4) v / t``, or nothing where loss and head are one. Collectives need the
-    input of one attention or MLP whole, ``e h`` per token, and FSDP2 the parameters of one block.
+    ``e (2 h + q) / t``. The logits and their gradient take ``2 e v / t``, or nothing where loss and head are one.
+    Collectives need the input of one attention or MLP whole, ``e h`` per token, and FSDP2 the parameters of one block,
+    or of all if none are freed after the forward.
     """
     config: Config = model.config  # type: ignore[assignment]
     size, dtype_size = tensor_parallel_size, 4 if precision == "32-true" else 2
@@ -52,10 +54,10 @@ def least_memory(
         "selective": 2 * width + attention,
         "full": width,
     }[activation_checkpointing]
-    block = sum(parameter.numel() for parameter in model.transformer.h[0].parameters())  # type: ignore[index, union-attr]
-    block -= quantized // config.n_layer
-    gathered = (tokens * width if size > 1 else 0) + (block // size if data_parallel_size > 1 else 0)
-    logits = 0 if fused_loss else tokens * config.padded_vocab_size * (dtype_size + 4)
+    blocks = sum(parameter.numel() for parameter in model.get_submodule("transformer.h").parameters()) - quantized
+    whole = 0 if data_parallel_size == 1 else blocks // config.n_layer if reshard_after_forward else blocks
+    gathered = (tokens * width if size > 1 else 0) + whole // size
+    logits = 0 if fused_loss else tokens * config.padded_vocab_size * 2 * dtype_size
     return {
         "parameters": stored + math.ceil(quantized * (4 + 32 / 64) / 8 / size),
         "gradients": trained,
