@@ -19,7 +19,7 @@ from fabric_tp.loss.targets import Vocabulary
 CHUNK_ELEMENTS = 2**22
 """Logits that are turned into fp32 at a time, so that no fp32 copy of all of them exists."""
 CHUNKS = 64
-"""Chunks at most, however many logits there are: a device takes less time for a small one than it takes to be told."""
+"""At most, however many logits there are: of small chunks the operations take longer to issue than to run."""
 
 
 def vocab_parallel_loss(logits: Tensor, targets: Tensor, vocabulary: Vocabulary, options: LossOptions) -> Tensor:

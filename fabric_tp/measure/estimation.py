@@ -128,7 +128,7 @@ def estimate(
         print(found)
         found.memory.peak / 2**30  # GiB
     """
-    _check_arguments(precision, data_parallel_size=data_parallel_size, micro_batch_size=micro_batch_size)
+    check_arguments(precision, data_parallel_size=data_parallel_size, micro_batch_size=micro_batch_size)
     from fabric_tp.architectures.litgpt.config import load_config, meta_model
     from fabric_tp.architectures.litgpt.flops import model_flops
 
@@ -179,7 +179,8 @@ def _extended(*steps: CountedStep, times: int) -> CountedStep:
     return CountedStep(memory, collectives, events)
 
 
-def _check_arguments(precision: str, **sizes: int) -> None:
+def check_arguments(precision: str, **sizes: int) -> None:
+    """Raises ValueError for a precision that is not known and for sizes below 1."""
     if precision not in get_args(Precision):
         raise ValueError(f"precision={precision!r} is not known; it must be one of {get_args(Precision)}.")
     for name, number in sizes.items():

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from fabric_tp.measure.estimation import Estimate, Precision, estimate, least_of, peak_of
+from fabric_tp.measure.estimation import Estimate, Precision, check_arguments, estimate, least_of, peak_of
 from fabric_tp.parallelize import ActivationCheckpointing, Parallelize, litgpt
 
 if TYPE_CHECKING:
@@ -37,7 +37,11 @@ def fit(
         memory: Bytes that the peak may take.
         devices: The number of ranks; each way uses them all.
         max_tensor_parallel_size: The devices of one machine.
+
+    Raises:
+        ValueError: As :func:`estimate`, or ``devices`` is below 1.
     """
+    check_arguments(precision, devices=devices, micro_batch_size=micro_batch_size)
     parallelize = parallelize or litgpt()
     batch: dict[str, Any] = {"micro_batch_size": micro_batch_size, "sequence_length": sequence_length}
     from fabric_tp.architectures.litgpt.config import load_config, meta_model

@@ -276,6 +276,19 @@ def test_fit_takes_the_first_option_that_fits() -> None:
         memory = found[-1].memory.peak - 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"precision": "fp8"}, r"precision='fp8' is not known"),
+        ({"devices": 0}, r"devices=0 must be at least 1"),
+        ({"micro_batch_size": 0}, r"micro_batch_size=0 must be at least 1"),
+    ],
+)
+def test_mistakes_where_nothing_fits(arguments, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        list(fit(litgpt_config("Llama-3-8B", **WIDE), memory=1, **{"devices": 4, **arguments}))
+
+
 def test_what_cannot_fit_is_not_counted(monkeypatch) -> None:
     monkeypatch.setattr(sys.modules["fabric_tp.measure.fit"], "estimate", None)
     assert list(fit(litgpt_config("Llama-3-8B", **WIDE), memory=1, devices=4)) == []
