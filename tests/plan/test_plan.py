@@ -114,7 +114,7 @@ def test_unknown_architecture() -> None:
 @pytest.mark.parametrize(
     ("option", "value", "works"),
     [
-        ("activation_checkpointing", "some", "'none', 'full', 'selective'"),
+        ("activation_checkpointing", "some", "'none', 'selective', 'full'"),
         ("mixed_precision", "fp8", "None, 'bf16-mixed'"),
     ],
 )
