@@ -20,6 +20,7 @@ from fabric_tp.autograd.recompute import Recomputable, let_go, producer_of, save
 
 class _Kept(NamedTuple):
     result: Tensor
+    """Which needs a gradient if the first one did: that of layers that are frozen does not."""
     turns: int
     """How often a half gave way for it."""
     is_ahead: bool
@@ -79,11 +80,12 @@ def reduction(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         for _ in range(kept.turns):  # as the first time, so that the halves keep what they keep in the same order
             give_way()
         half.is_ahead = kept.is_ahead
-        return kept.result.detach().requires_grad_()
+        return kept.result.detach().requires_grad_(kept.result.requires_grad)
     before = half.turns
     result = function(*inputs)
     assert _results.kept is not None
-    _results.kept.setdefault(half.index, []).append(_Kept(result.detach(), half.turns - before, half.is_ahead))
+    kept = _Kept(result.detach().requires_grad_(result.requires_grad), half.turns - before, half.is_ahead)
+    _results.kept.setdefault(half.index, []).append(kept)
     return result
 
 

@@ -29,7 +29,7 @@ def fit(
 
     On each mesh the options are tried from the fastest to the leanest: without activation checkpointing, selective,
     full; each without and with freeing gathered parameters after the forward. The first that fits is the one. What a
-    formula says cannot fit is not counted. :func:`cheapest` sorts them.
+    formula says cannot fit is not counted, unless parameters are frozen. :func:`cheapest` sorts them.
 
     Args:
         model: As in :func:`estimate`, like the other arguments.
@@ -48,6 +48,7 @@ def fit(
 
     config = load_config(model)
     whole, tokens = meta_model(config), micro_batch_size * (sequence_length or config.block_size)
+    follows_formula = all(parameter.requires_grad for parameter in whole.parameters())
     for size in range(1, min(devices, max_tensor_parallel_size) + 1):
         if devices % size:
             continue
@@ -57,7 +58,7 @@ def fit(
             continue
         sizes = {"tensor_parallel_size": size, "data_parallel_size": devices // size}
         for option in _from_fast_to_lean(parallelize, devices // size):
-            if peak_of(least_of(whole, option, sizes, tokens, precision)) > memory:
+            if follows_formula and peak_of(least_of(whole, option, sizes, tokens, precision)) > memory:
                 continue
             found = estimate(config, option, **sizes, **batch, precision=precision)
             if found.memory.peak <= memory:

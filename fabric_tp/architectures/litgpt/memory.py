@@ -31,9 +31,9 @@ def least_memory(
     and e bytes a number, a layer must keep for the backward, of each token, the inputs of attention and MLP, the
     attention's q, k, v and result, and what the MLP's first layers give: ``e (2 h + 2 q + 2 k + 2 f) / t`` (one f
     without a gate; times the experts that a token visits); with full checkpointing ``e h / t``, and with selective
-    ``e (2 h + q) / t``. The logits and their gradient take ``2 e v / t``, or nothing where loss and head are one.
-    Collectives need the input of one attention or MLP whole, ``e h`` per token, and FSDP2 the parameters of one block,
-    or of all if none are freed after the forward.
+    ``e (2 h + q) / t``. Where only some layers have adapters it is less. The logits and their gradient take
+    ``2 e v / t``, or nothing where loss and head are one. Collectives need the input of one attention or MLP whole,
+    ``e h`` per token, and FSDP2 the parameters of one block, or of all if none are freed after the forward.
     """
     config: Config = model.config  # type: ignore[assignment]
     size, dtype_size = tensor_parallel_size, 4 if precision == "32-true" else 2

@@ -34,6 +34,7 @@ STRUCTURE = (
 LORA: dict[str, dict[str, Any]] = {
     "every layer": dict.fromkeys([f"lora_{n}" for n in ("query", "key", "value", "projection", "mlp", "head")], True),
     "query and value": {"lora_query": True, "lora_value": True},
+    "MLP": {"lora_mlp": True},
 }
 
 
