@@ -55,10 +55,10 @@ def main(
 
     Args:
         models: "litgpt": each of its configs. "lora": litgpt.lora.GPT, one config of each structure, with every layer
-            adapted and with queries and values only. "huggingface": each type of causal language model that the
-            installed Transformers knows. Those that are not built, or do not run, small are not compared. Those that
-            are refused without replicate_attention are compared with it: "mixers whole". Where Transformers' own
-            tp_plan splits something that fabric_tp leaves whole, the line says what.
+            adapted, with queries and values only and with MLPs only. "huggingface": each type of causal language model
+            that the installed Transformers knows. Those that are not built, or do not run, small are not compared.
+            Those that are refused without replicate_attention are compared with it: "mixers whole". Where Transformers'
+            own tp_plan splits something that fabric_tp leaves whole, the line says what.
         tensor_parallel_size: Ranks that share the model.
         data_parallel_size: Ranks that share the batch.
         sequence_parallel: As in fabric_tp.auto.
